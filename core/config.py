@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's configuration: one TOML file, checked whole before anything is read or asked."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError
+from .privacy import Budget, NoisePlacement, PrivacyUnit, Relation
+
+
+class _Section(BaseModel):
+    """A table of the file; unknown keys are refused, `kebab-case` reads as `snake_case`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _snake_case(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {str(key).replace("-", "_"): value for key, value in data.items()}
+        return data
+
+
+class PopulationSection(_Section):
+    """Whose records these are; the budget belongs to them, whatever run asks."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    num_users: int = Field(ge=1)  # a public lower bound on the number of users
+    epsilon: float  # the most that all runs together may ever spend
+    delta: float
+    accept_weak: bool = False
+
+    @property
+    def cap(self) -> Budget:
+        """The most that may ever be spent on the population."""
+        return Budget(float(self.epsilon), self.delta, self.accept_weak)
+
+
+class DataSection(_Section):
+    """Where records and their public schema lie; `path` is read in simulations only."""
+
+    path: Path | None = None
+    schema_path: Path = Field(alias="schema")
+
+
+class UnitSection(_Section):
+    """The privacy unit; see `PrivacyUnit`."""
+
+    column: str | None = None
+    max_records: int = 1
+    keep: Literal["random", "first", "deduplicate"] = "random"
+    relation: Relation = Relation.ADD_OR_REMOVE
+    max_clients: int = 1
+
+
+class BudgetSection(_Section):
+    """What this run may spend; `delta` is the population's unless given."""
+
+    epsilon: float
+    delta: float | None = None
+    accept_weak: bool = False
+
+
+class StrategySection(BaseModel):
+    """The method and its settings; the strategy itself checks the settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All keys but the name, in snake case."""
+        return {key.replace("-", "_"): value for key, value in (self.model_extra or {}).items()}
+
+
+class NoiseSection(_Section):
+    """Where noise is added, and how clients' sums become one."""
+
+    placement: NoisePlacement = NoisePlacement.CENTRAL
+    aggregator: str = "sum"
+    aggregator_settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class EngineSection(_Section):
+    """What carries the messages."""
+
+    kind: Literal["local", "ray", "loopback", "superlink"] = "local"
+    clients: int = Field(default=10, ge=1, le=100_000)
+    min_clients: int | None = Field(default=None, ge=1)  # None: all of `clients`
+    timeout_s: float = Field(default=600.0, gt=0)
+    wire: bool = False  # local: send every message through its serialized form
+    connection: str = "superlink"  # superlink: its name in Flower's configuration
+
+    @property
+    def quorum(self) -> int:
+        """Fewest clients whose sums make a round."""
+        return self.clients if self.min_clients is None else self.min_clients
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.quorum > self.clients:
+            raise ValueError(
+                f"min_clients = {self.quorum} can never be reached with clients = {self.clients}"
+            )
+        return self
+
+
+class ReleaseSection(_Section):
+    """Where the release goes and how many records it holds."""
+
+    path: Path = Path("releases")
+    num_records: int = Field(default=10_000, ge=1, le=100_000_000)
+
+
+class RunConfig(_Section):
+    """A whole run, as `run.toml` describes it.
+
+    Attributes:
+      base: Folder that relative paths start from: where the file lies.
+    """
+
+    population: PopulationSection
+    data: DataSection
+    unit: UnitSection = UnitSection()
+    budget: BudgetSection
+    strategy: StrategySection
+    noise: NoiseSection = NoiseSection()
+    engine: EngineSection = EngineSection()
+    release: ReleaseSection = ReleaseSection()
+    ledger: Path = Path("ledger.db")
+    seed: int = Field(default=0, ge=0, lt=1 << 62)
+    base: Path = Field(default=Path("."), exclude=True)
+
+    @field_validator("base")
+    @classmethod
+    def _absolute(cls, base: Path) -> Path:
+        return base.resolve()
+
+    def path(self, relative: Path) -> Path:
+        """A path of the file, made absolute."""
+        return relative if relative.is_absolute() else self.base / relative
+
+    @property
+    def privacy_unit(self) -> PrivacyUnit:
+        """The unit of the promise."""
+        return PrivacyUnit(**self.unit.model_dump())
+
+    @property
+    def run_budget(self) -> Budget:
+        """What this run may spend."""
+        delta = self.population.delta if self.budget.delta is None else self.budget.delta
+        return Budget(float(self.budget.epsilon), delta, self.budget.accept_weak)
+
+    def check(self) -> Self:
+        """This configuration, once the promise it describes means something.
+
+        Raises:
+          ConfigError: An epsilon, delta or unit is impossible or too weak.
+        """
+        self.population.cap.check_users(self.population.num_users)
+        self.run_budget.check_users(self.population.num_users)
+        _ = self.privacy_unit
+        return self
+
+
+def read_config(path: Path) -> RunConfig:
+    """The checked configuration in a TOML file.
+
+    Raises:
+      ConfigError: The file cannot be read, a key is unknown, or a value cannot be.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} does not parse: {error}") from error
+    return parse_config(data, base=path.parent, where=path.name)
+
+
+def parse_config(data: dict[str, Any], *, base: Path, where: str = "run.toml") -> RunConfig:
+    """The checked configuration in plain data; relative paths start from `base`."""
+    if "base" in data:
+        raise ConfigError(f"{where}: unknown key 'base'")
+    try:
+        return RunConfig.model_validate({**data, "base": base}).check()
+    except ValidationError as error:
+        raise ConfigError(_explained(error, where)) from error
+
+
+def _explained(error: ValidationError, where: str) -> str:
+    """The first few problems, each with what was expected and what came."""
+    lines = []
+    for problem in error.errors()[:5]:
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key {key!r}{_did_you_mean(problem['loc'])}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: {key} is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {key} = {problem['input']!r}: {message}")
+    return "\n".join(lines)
+
+
+def _did_you_mean(location: tuple[int | str, ...]) -> str:
+    """The known keys at a place in the file, the nearest first."""
+    model: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return ""
+        model = inner
+    known = [f.alias or name for name, f in model.model_fields.items() if name != "base"]
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{hint} Known keys: {', '.join(known)}"

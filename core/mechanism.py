@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clip each user's vector onto an integer lattice, sum exactly, add lattice noise.
+
+The whole privacy claim of a sum stands here: whatever a strategy hands over, each user moves
+the integer sum by at most `Lattice.bound` in L2, and noise is scaled to that.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ConfigError
+from .query import Contribution, NoisySum, Query
+from .randomness import KeyStream, lattice_noise
+
+_RESOLUTION = 22  # the clip is 2^22 to 2^23 lattice units, so that float32 holds each coordinate
+_SLICE = 1 << 18  # values clipped at a time; a slice stays in the processor's cache
+_SHRINK = 1 - 1e-6  # keeps a clipped row inside the bound in spite of float32 rounding
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The integer grid that a query's vectors are put on.
+
+    Attributes:
+      unit: Width of one step, in the vectors' own unit; a power of two, so counts are exact.
+      bound: L2 bound of a user's integer vector, `clip / unit`.
+    """
+
+    unit: float
+    bound: float
+
+    @staticmethod
+    def of(query: Query) -> "Lattice":
+        """The lattice of a query; the same at every client and at the server."""
+        unit = 2.0 ** (math.floor(math.log2(query.clip)) - _RESOLUTION)
+        return Lattice(unit, query.clip / unit)
+
+
+def clipped_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
+    """Exact sum of the users' clipped vectors on the query's lattice, `(dim,)`.
+
+    Bit-equal whatever the order of users and however they are split into blocks and clients.
+
+    Privacy:
+      Adding or removing one user of the block changes the result by at most
+      `Lattice.of(query).bound` in L2. A user whose vector is not finite or names a cell out of
+      range counts as zeros; a contribution of the wrong shape counts as zeros altogether.
+    """
+    if contribution.dense is not None:
+        return _dense_sum(contribution.dense, contribution.num_users, query)
+    if contribution.indices is not None:
+        return _cell_sum(contribution, query)
+    return np.zeros(query.dim, dtype=np.int64)
+
+
+def noise_stddev(query: Query, *, sensitivity: float) -> float:
+    """Standard deviation of a query's noise, in the vectors' own unit."""
+    return query.noise_multiplier * sensitivity
+
+
+def noised(
+    total: NDArray[np.int64], *, stddev: float, lattice: Lattice, stream: KeyStream
+) -> NDArray[np.int64]:
+    """An integer sum with Gaussian noise rounded to the lattice, `(dim,)`.
+
+    Args:
+      total: Exact sum, `(dim,)`.
+      stddev: Of the noise, in the vectors' own unit; > 0.
+      lattice: The query's lattice.
+      stream: Secret randomness.
+
+    Raises:
+      ConfigError: `stddev` is not a positive number, or would overflow the lattice.
+    """
+    steps = stddev / lattice.unit
+    if not (math.isfinite(steps) and 0 < steps < 2.0**52):
+        raise ConfigError(f"noise of standard deviation {stddev!r} is outside the lattice's range")
+    return total + lattice_noise(len(total), steps, stream)
+
+
+def real_sum(
+    total: NDArray[np.int64], *, stddev: float, lattice: Lattice, num_clients: int
+) -> NoisySum:
+    """A noised integer sum in the vectors' own unit."""
+    return NoisySum(total * lattice.unit, stddev, num_clients)
+
+
+def _dense_sum(rows: NDArray[Any], num_users: int, query: Query) -> NDArray[np.int64]:
+    """`clipped_sum` of dense rows."""
+    if rows.ndim != 2 or rows.shape != (num_users, query.dim) or rows.dtype.kind not in "fiu":
+        return np.zeros(query.dim, dtype=np.int64)
+    lattice = Lattice.of(query)
+    size = max(1, min(num_users, _SLICE // query.dim))
+    steps = np.empty((size, query.dim))
+    exact = np.zeros(query.dim)  # a sum of integers below 2^53 is exact in float64
+    for start in range(0, num_users, size):
+        part = steps[: min(size, num_users - start)]
+        part[:] = rows[start : start + size]
+        _to_lattice(part, query.clip, lattice)
+        exact += part[0] if len(part) == 1 else part.sum(axis=0)
+    return exact.astype(np.int64)
+
+
+def _to_lattice(rows: NDArray[np.float64], clip: float, lattice: Lattice) -> None:
+    """Clip each of `rows`, `(num_users, dim)`, and round it to whole lattice steps, in place."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+        for row in np.flatnonzero(~(norms <= 1e15 * clip)):
+            norms[row] = _tame(rows[row], clip)
+        scale = np.where(norms > clip, clip * _SHRINK / np.maximum(norms, clip), 1.0)
+        rows *= (scale / lattice.unit)[:, None]
+        np.rint(rows, out=rows)
+        squared = np.einsum("ij,ij->i", rows, rows)  # of integers: exact while below 2^53
+        for row in np.flatnonzero(~(squared <= lattice.bound**2)):
+            # rounding took a row that just fitted over the bound: pull it in, towards zero
+            np.trunc(rows[row] * (lattice.bound * _SHRINK / np.sqrt(squared[row])), out=rows[row])
+            if not float(rows[row] @ rows[row]) <= lattice.bound**2:
+                rows[row] = 0.0
+
+
+def _tame(row: NDArray[np.float64], clip: float) -> float:
+    """Give a row whose norm overflows the norm `clip`, one that is not finite zeros; its norm."""
+    largest = np.abs(row).max()
+    if not np.isfinite(largest):
+        row[:] = 0.0
+        return 0.0
+    row /= largest
+    row *= clip * _SHRINK / np.sqrt(row @ row)
+    return clip * _SHRINK
+
+
+def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
+    """`clipped_sum` of counted cells; never forms a dense row."""
+    total = np.zeros(query.dim, dtype=np.int64)
+    cells, users, weights = contribution.indices, contribution.user_index, contribution.weights
+    if (
+        cells is None
+        or users is None
+        or weights is None
+        or cells.ndim != 2
+        or users.shape != (len(cells),)
+        or weights.shape != (cells.shape[1],)
+        or not np.isfinite(weights).all()
+        or (len(users) and not (0 <= users[0] and users[-1] < contribution.num_users))
+        or (np.diff(users) < 0).any()
+    ):
+        return total
+    lattice = Lattice.of(query)
+    with np.errstate(over="ignore", invalid="ignore"):
+        heights = np.rint(np.clip(weights / lattice.unit, -(2.0**40), 2.0**40))
+    step = max(1, _SLICE // max(1, cells.shape[1]))
+    starts = np.flatnonzero(np.diff(users, prepend=-1))  # first record of each user
+    first = 0
+    while first < len(users):
+        # whole users only; one user with more records than a slice is a slice of their own
+        after = np.searchsorted(starts, first + step, side="right") - 1
+        last = int(starts[after]) if starts[after] > first else _next(starts, after, len(users))
+        if first + step >= len(users):
+            last = len(users)
+        _add_cells(total, cells[first:last], users[first:last], heights, lattice)
+        first = last
+    return total
+
+
+def _next(starts: NDArray[np.intp], after: int, num_records: int) -> int:
+    """First record of the user after the one that begins at `starts[after]`."""
+    return int(starts[after + 1]) if after + 1 < len(starts) else num_records
+
+
+def _add_cells(
+    total: NDArray[np.int64],
+    cells: NDArray[np.int64],
+    users: NDArray[np.int64],
+    heights: NDArray[np.float64],
+    lattice: Lattice,
+) -> None:
+    """Add a slice of whole users to `total`."""
+    dim = len(total)
+    valid = ((cells >= 0) & (cells < dim)).all(axis=1)
+    if not valid.all():
+        bad = np.unique(users[~valid])
+        keep = ~np.isin(users, bad)
+        cells, users = cells[keep], users[keep]
+    if not len(users):
+        return
+    alone = np.diff(users, prepend=-1) > 0
+    alone[:-1] &= np.diff(users) > 0
+    # a user with one record whose cells all differ: every height once, so one norm for them all
+    simple = alone & (np.diff(cells, axis=1) > 0).all(axis=1)
+    if float(heights @ heights) > lattice.bound**2:
+        simple[:] = False
+    picked = cells[simple]
+    for column, height in enumerate(heights if len(picked) else ()):
+        low = picked[:, column].min()
+        counts = np.bincount(picked[:, column] - low)
+        total[low : low + len(counts)] += counts * int(height)
+    cells, users = cells[~simple], users[~simple]
+    if not len(users):
+        return
+    _, local = np.unique(users, return_inverse=True)
+    keys, inverse = np.unique(local[:, None] * dim + cells, return_inverse=True)
+    values = np.bincount(
+        inverse.ravel(), weights=np.broadcast_to(heights, cells.shape).ravel(), minlength=len(keys)
+    )
+    owner, cell = keys // dim, keys % dim
+    steps = _clipped_values(values, owner, lattice)
+    np.add.at(total, cell, steps.astype(np.int64))
+
+
+def _clipped_values(
+    values: NDArray[np.float64], owner: NDArray[np.int64], lattice: Lattice
+) -> NDArray[np.float64]:
+    """Nonzero values of each owner's vector, clipped to the bound in whole steps."""
+    norms = np.sqrt(np.bincount(owner, weights=values * values))
+    over = norms > lattice.bound
+    scale = np.where(over, lattice.bound * _SHRINK / np.maximum(norms, lattice.bound), 1.0)
+    steps = np.rint(values * scale[owner])
+    beyond = ~(np.bincount(owner, weights=steps * steps) <= lattice.bound**2)
+    if beyond.any():
+        steps = np.where(
+            beyond[owner], np.trunc(values * scale[owner] * _SHRINK), steps
+        )
+        still = ~(np.bincount(owner, weights=steps * steps) <= lattice.bound**2)
+        steps = np.where(still[owner], 0.0, steps)
+    return steps

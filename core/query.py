@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The waist: what a strategy may ask of private records, and all that it ever learns."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ConfigError
+from .records import BoundedShard
+from .schema import Schema
+from .synthesizer import Synthesizer
+
+if TYPE_CHECKING:
+    from dp_accounting.dp_event import DpEvent
+
+MAX_DIM = 1 << 27  # a sum of this length is one gibibyte
+
+
+@dataclass(frozen=True)
+class Query:
+    """A bounded sum, asked of every client.
+
+    Attributes:
+      name: Which question of the strategy this is; the same name may be asked many times.
+      dim: Length of each user's vector.
+      clip: L2 bound of each user's vector, in the vector's own unit; > 0, finite.
+      noise_multiplier: Standard deviation of the sum's noise / its sensitivity; > 0, finite.
+      sampling_prob: Each user answers with this probability, by a coin the client flips and
+        keeps secret; in (0, 1].
+      inputs: Public arrays that clients need to answer: weights, candidates, cliques.
+      cells: Users' vectors are counts of cells (`Contribution.cells`), not dense rows, so the
+        size of a block of users does not depend on `dim`.
+
+    Privacy:
+      Adding or removing one user changes the sum by at most `clip` in L2 at each client that
+      holds the user's records, whatever those records are; the framework sees to it.
+    """
+
+    name: str
+    dim: int
+    clip: float
+    noise_multiplier: float
+    sampling_prob: float = 1.0
+    inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    cells: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.dim <= MAX_DIM:
+            raise ConfigError(f"query {self.name!r}: dim must be 1 to {MAX_DIM}, not {self.dim}")
+        if not (math.isfinite(self.clip) and 1e-30 < self.clip < 1e30):
+            raise ConfigError(
+                f"query {self.name!r}: clip must be a number above 0, not {self.clip!r}"
+            )
+        if not (math.isfinite(self.noise_multiplier) and 0 < self.noise_multiplier <= 1e6):
+            raise ConfigError(
+                f"query {self.name!r}: noise_multiplier must lie in (0, 1e6],"
+                f" not {self.noise_multiplier!r}"
+            )
+        if not 0 < self.sampling_prob <= 1:
+            raise ConfigError(
+                f"query {self.name!r}: sampling_prob must lie in (0, 1], not {self.sampling_prob!r}"
+            )
+
+
+@dataclass(frozen=True)
+class NoisySum:
+    """All that a strategy ever learns about private records.
+
+    Attributes:
+      vector: Sum over users of clipped vectors, with noise, `(dim,)`, float64.
+      stddev: Standard deviation of the noise in each coordinate. Infinite for a void round,
+        whose vector is zeros: it carries no information, and a strategy goes on without it.
+      num_clients: Clients whose sums are in it; 0 for a void round.
+    """
+
+    vector: NDArray[np.float64]
+    stddev: float
+    num_clients: int
+
+    @staticmethod
+    def void(query: Query) -> "NoisySum":
+        """The sum of a round that was lost or missed its quorum."""
+        return NoisySum(np.zeros(query.dim), math.inf, 0)
+
+    @property
+    def is_void(self) -> bool:
+        """Whether the round gave nothing."""
+        return math.isinf(self.stddev)
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a block of users adds to a query: one vector a user, neither clipped nor noised.
+
+    Made by `rows` or by `cells`. The vectors are trusted in nothing: a row that is not finite,
+    or a cell out of range, makes its user count as zeros; a wrong shape makes all of them zeros.
+    """
+
+    num_users: int
+    dense: NDArray[Any] | None = None  # (num_users, dim)
+    indices: NDArray[np.int64] | None = None  # (num_records, cells_per_record)
+    user_index: NDArray[np.int64] | None = None  # (num_records,), non-decreasing
+    weights: NDArray[np.float64] | None = None  # (cells_per_record,)
+
+    @staticmethod
+    def rows(rows: NDArray[Any]) -> "Contribution":
+        """One dense vector a user, `(num_users, dim)`, float32 or float64."""
+        return Contribution(num_users=len(rows), dense=rows)
+
+    @staticmethod
+    def cells(
+        indices: NDArray[Any],
+        user_index: NDArray[np.int64],
+        *,
+        num_users: int,
+        weights: NDArray[np.float64] | None = None,
+    ) -> "Contribution":
+        """One count vector a user, given by the cells that each of the user's records lights.
+
+        Args:
+          indices: Cell of each record in each measured histogram, `(num_records, num_cells)`,
+            integers in `[0, dim)`.
+          user_index: User of each record, `(num_records,)`, non-decreasing in `[0, num_users)`.
+          num_users: Users in the block.
+          weights: Height of a cell in each histogram, `(num_cells,)`; `None`: all one.
+        """
+        height = np.ones(indices.shape[1]) if weights is None else weights
+        return Contribution(
+            num_users=num_users,
+            indices=np.asarray(indices, dtype=np.int64),
+            user_index=user_index,
+            weights=height,
+        )
+
+
+Rounds = Generator[Query, NoisySum, Synthesizer]
+
+
+class Strategy(ABC):
+    """One method: a frozen dataclass whose fields are its settings.
+
+    The server half (`event`, `rounds`) and the client half (`answer`) stand in one class. It
+    neither clips, nor adds noise, nor charges: the framework does, before and after.
+
+    A strategy uses no clock, no file, no network and no global random state: the same sums and
+    the same `rng` give the same synthesizer, so that a run can be resumed and checked.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
+        """Privacy cost of a whole run, known before it starts.
+
+        Made of `GaussianDpEvent` and `PoissonSampledDpEvent` of it, composed: one for each query
+        that `rounds` yields, with that query's `noise_multiplier` and `sampling_prob`.
+
+        Args:
+          schema: Public schema of the population.
+          noise_multiplier: The run's one noise dial. By convention a run of full-participation
+            queries costs the same as one Gaussian with this multiplier, split among its queries
+            by fractions of 1 / noise_multiplier^2 (see `accounting.split`).
+
+        Raises:
+          ConfigError: The settings are impossible, or do not fit the schema.
+        """
+
+    @abstractmethod
+    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
+        """Server half: yield queries, receive noisy sums, return a synthesizer.
+
+        Must end in a synthesizer whatever the sums are, void ones included.
+
+        Args:
+          schema: Public schema of the population.
+          noise_multiplier: As in `event`; the queries yielded must add up to that event.
+          rng: Public randomness, seeded by the run.
+        """
+
+    @abstractmethod
+    def answer(
+        self, query: Query, shard: BoundedShard, rng: np.random.Generator
+    ) -> Contribution:
+        """Client half: one vector a user of the block, neither clipped nor noised.
+
+        Args:
+          query: What is asked. It came over a network; its arrays are public but untrusted.
+          shard: A block of users; may be empty.
+          rng: Randomness of this answer; it carries no privacy claim.
+
+        Privacy:
+          No user's vector may depend on another user's records.
+        """

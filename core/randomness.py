@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Secret randomness: a ChaCha20 stream from the operating system's entropy, and what is drawn.
+
+Noise and sampling coins come from here and from nowhere else. A stream re-keys itself in a
+forked child, so two processes never share one.
+"""
+
+import os
+from typing import Protocol
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from numpy.typing import NDArray
+
+_CHUNK = 1 << 20  # bytes of key stream taken at a time
+_REKEY = 1 << 34  # bytes after which a fresh key is drawn
+
+
+class KeyStream(Protocol):
+    """A source of uniform random bytes.
+
+    `is_secret` says whether nobody can predict it. Only `OsKeyStream` is; tests bring their own,
+    and a run that used one is marked as not private.
+    """
+
+    is_secret: bool
+
+    def read(self, num_bytes: int) -> bytes:
+        """The next `num_bytes` bytes."""
+        ...
+
+
+class OsKeyStream:
+    """ChaCha20 key stream under a key from `os.urandom`; never seeded, fork-safe."""
+
+    is_secret = True
+
+    def __init__(self) -> None:
+        self._rekey()
+
+    def _rekey(self) -> None:
+        self._pid = os.getpid()
+        self._left = _REKEY
+        nonce = bytes(16)  # a key is used for one stream only, so a fixed nonce never repeats
+        self._stream = Cipher(algorithms.ChaCha20(os.urandom(32), nonce), mode=None).encryptor()
+
+    def read(self, num_bytes: int) -> bytes:
+        """The next `num_bytes` bytes of the stream."""
+        if os.getpid() != self._pid or self._left < num_bytes:
+            self._rekey()
+        self._left -= num_bytes
+        return self._stream.update(bytes(num_bytes))
+
+
+def uniform_words(size: int, stream: KeyStream) -> NDArray[np.uint64]:
+    """Uniform 64-bit words, `(size,)`."""
+    return np.frombuffer(stream.read(8 * size), dtype="<u8")
+
+
+def coins(size: int, prob: float, stream: KeyStream) -> NDArray[np.bool_]:
+    """Independent coins that are true with probability `prob`, `(size,)`.
+
+    The probability is exact down to 2^-53 and never above `prob`.
+    """
+    if prob >= 1:
+        return np.ones(size, dtype=np.bool_)
+    return (uniform_words(size, stream) >> np.uint64(11)) < np.uint64(int(prob * 2.0**53))
+
+
+def lattice_noise(size: int, stddev: float, stream: KeyStream) -> NDArray[np.int64]:
+    """Gaussian noise rounded to integers, `(size,)`.
+
+    Args:
+      size: How many.
+      stddev: Standard deviation in lattice units, before rounding; at most 2^52.
+      stream: Secret randomness.
+
+    Privacy:
+      For an integer vector x, x + round(g) = round(x + g): rounding is post-processing of the
+      Gaussian mechanism. Box-Muller on 53-bit uniforms reaches 8.57 standard deviations; the
+      mass beyond is below 1e-17 a coordinate.
+    """
+    noise = np.empty(size, dtype=np.int64)
+    for start in range(0, size, _CHUNK // 16):
+        part = noise[start : start + _CHUNK // 16]
+        part[:] = np.rint(_gaussian(len(part), stream) * stddev)
+    return noise
+
+
+def _gaussian(size: int, stream: KeyStream) -> NDArray[np.float64]:
+    """Standard normal draws by Box and Muller, `(size,)`."""
+    half = (size + 1) // 2
+    words = uniform_words(2 * half, stream) >> np.uint64(11)
+    radius = np.sqrt(-2.0 * np.log((words[:half] + np.uint64(1)) * 2.0**-53))
+    angle = words[half:] * (2.0 * np.pi * 2.0**-53)
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size]

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records as codes: what a shard holds and what a synthesizer samples."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ShardError
+
+
+@dataclass(frozen=True)
+class Records:
+    """Encoded records, real or synthetic.
+
+    Attributes:
+      codes: Cell of each table column, `(num_records, num_columns)`, int32, each in
+        `[0, column.num_cells)`.
+      images: `(num_records, height, width, channels)`, uint8, or `None` without image column.
+    """
+
+    codes: NDArray[np.int32]
+    images: NDArray[np.uint8] | None = None
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+
+@dataclass(frozen=True)
+class BoundedShard:
+    """A shard in which no user holds more than `max_records` records, grouped by user.
+
+    Only `client.bounding.bound` and the slicing methods below make one.
+
+    Attributes:
+      records: The records, those of one user next to each other.
+      user_index: User of each record, `(num_records,)`, int64, non-decreasing in
+        `[0, num_users)`; every user has at least one record.
+      num_users: Users in this shard.
+      max_records: Bound that holds.
+    """
+
+    records: Records
+    user_index: NDArray[np.int64]
+    num_users: int
+    max_records: int
+
+    def __post_init__(self) -> None:
+        if len(self.user_index) != len(self.records):
+            raise ShardError("user_index and records differ in length")
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """First record of each user and, last, the number of records, `(num_users + 1,)`."""
+        return np.searchsorted(self.user_index, np.arange(self.num_users + 1)).astype(np.int64)
+
+    def blocks(self, num_users: int) -> Iterator["BoundedShard"]:
+        """The shard in runs of at most `num_users` users; at least one block, even when empty."""
+        starts = self.starts
+        for first in range(0, max(self.num_users, 1), num_users):
+            last = min(first + num_users, self.num_users)
+            rows = slice(int(starts[first]), int(starts[last])) if self.num_users else slice(0, 0)
+            yield self._part(rows, self.user_index[rows] - first, last - first)
+
+    def only(self, chosen: NDArray[np.bool_]) -> "BoundedShard":
+        """The users where `chosen`, `(num_users,)`, is true."""
+        keep = chosen[self.user_index]
+        rank = np.cumsum(chosen) - 1
+        return self._part(keep, rank[self.user_index[keep]], int(chosen.sum()))
+
+    def _part(
+        self, rows: slice | NDArray[np.bool_], user_index: NDArray[np.int64], num_users: int
+    ) -> "BoundedShard":
+        images = None if self.records.images is None else self.records.images[rows]
+        return BoundedShard(
+            Records(self.records.codes[rows], images), user_index, num_users, self.max_records
+        )

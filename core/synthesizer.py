@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run learns: something to sample from, saved as JSON and plain arrays."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .records import Records
+from .schema import Schema
+
+
+class Synthesizer(ABC):
+    """A learned generator of records. Sampling is post-processing: it costs no privacy.
+
+    Attributes:
+      kind: Name under which it is saved and found again.
+      schema: Public schema of the records it makes.
+    """
+
+    kind: ClassVar[str]
+    schema: Schema
+
+    @abstractmethod
+    def sample(self, num_records: int, rng: np.random.Generator) -> Records:
+        """`num_records` synthetic records; the same `rng` gives the same records."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Everything but the schema and the arrays, as plain JSON data."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The arrays, saved as safetensors."""
+
+    @classmethod
+    @abstractmethod
+    def restore(
+        cls, schema: Schema, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
+    ) -> Self:
+        """The synthesizer that `settings` and `tensors` were saved from."""

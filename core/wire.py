@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What travels between server and clients, and its form in Flower's messages.
+
+The only file in `core` that knows Flower. Whatever comes in is checked before it is decoded:
+names, types, sizes, ranges. Anything else is a `WireError`, which names no value of the message.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ClientCode, ConfigError, SecurityRefusal
+from .privacy import NoisePlacement
+from .query import MAX_DIM, Query
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
+
+PROTOCOL = 1
+MESSAGE_TYPE = "query.answer"
+MAX_INPUT_BYTES = 1 << 31
+_MAX_TEXT = 1 << 20
+_DTYPES = {"float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"}
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class WireError(SecurityRefusal):
+    """A message that this version does not accept."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One query as it reaches a client, with all that the client checks before it answers.
+
+    Attributes:
+      run: Identity of the run, unique for ever.
+      population: Name of the population whose budget pays.
+      round: Position of the query in the run, from 1.
+      attempt: How often this round was asked anew with fresh noise, from 1.
+      strategy: Name of an installed strategy.
+      settings: Its settings, as canonical JSON.
+      schema_digest: Of the schema the server works with.
+      unit: The privacy unit, as canonical JSON; the client bounds contributions by it.
+      placement: Where noise is added.
+      num_shares: Fewest clients whose noise shares will be added (`distributed` only).
+      plan: The run's whole event, `accounting.to_json` as canonical JSON.
+      delta: At which the plan is priced.
+      public_seed: Seed of public randomness.
+      head: Sequence number and hash of the ledger's last entry.
+      query: The question.
+    """
+
+    run: str
+    population: str
+    round: int
+    attempt: int
+    strategy: str
+    settings: str
+    schema_digest: str
+    unit: str
+    placement: NoisePlacement
+    num_shares: int
+    plan: str
+    delta: float
+    public_seed: int
+    head: tuple[int, str]
+    query: Query
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A client's answer: an integer sum, or a fixed code that says why there is none."""
+
+    run: str
+    round: int
+    attempt: int
+    code: ClientCode
+    total: NDArray[np.int64] | None = None  # (dim,), on the query's lattice
+
+
+def canonical(data: Any) -> str:
+    """JSON text that is the same for the same data."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def ask_to_records(ask: Ask) -> "RecordDict":
+    """The Flower records of an `Ask`."""
+    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+    query = ask.query
+    return RecordDict(
+        {
+            "ask": ConfigRecord(
+                {
+                    "protocol": PROTOCOL,
+                    "run": ask.run,
+                    "population": ask.population,
+                    "round": ask.round,
+                    "attempt": ask.attempt,
+                    "strategy": ask.strategy,
+                    "settings": ask.settings,
+                    "schema": ask.schema_digest,
+                    "unit": ask.unit,
+                    "placement": ask.placement.value,
+                    "num-shares": ask.num_shares,
+                    "plan": ask.plan,
+                    "delta": ask.delta,
+                    "public-seed": ask.public_seed,
+                    "head-number": ask.head[0],
+                    "head-hash": ask.head[1],
+                    "query": query.name,
+                    "dim": query.dim,
+                    "clip": query.clip,
+                    "noise-multiplier": query.noise_multiplier,
+                    "sampling-prob": query.sampling_prob,
+                    "cells": query.cells,
+                }
+            ),
+            "inputs": ArrayRecord({k: _array(v, Array) for k, v in query.inputs.items()}),
+        }
+    )
+
+
+def ask_from_records(records: Mapping[str, Any]) -> Ask:
+    """The `Ask` in Flower records.
+
+    Raises:
+      WireError: Anything is missing, superfluous, of another type, or out of range.
+    """
+    if set(records) != {"ask", "inputs"}:
+        raise WireError("a request holds exactly the records 'ask' and 'inputs'")
+    take = _Taker(records["ask"])
+    if take.whole("protocol", 0, 1 << 30) != PROTOCOL:
+        raise WireError(f"this client speaks protocol {PROTOCOL} only; install the same version")
+    try:
+        query = Query(
+            name=take.text("query", 200),
+            dim=take.whole("dim", 1, MAX_DIM),
+            clip=take.number("clip"),
+            noise_multiplier=take.number("noise-multiplier"),
+            sampling_prob=take.number("sampling-prob"),
+            inputs=_inputs(records["inputs"]),
+            cells=take.truth("cells"),
+        )
+        placement = NoisePlacement(take.text("placement", 20))
+    except (ConfigError, ValueError) as error:
+        raise WireError("a query in the request is out of range") from error
+    ask = Ask(
+        run=take.identity("run"),
+        population=take.identity("population"),
+        round=take.whole("round", 1, 1 << 30),
+        attempt=take.whole("attempt", 1, 1 << 20),
+        strategy=take.text("strategy", 200),
+        settings=take.text("settings", _MAX_TEXT),
+        schema_digest=take.identity("schema"),
+        unit=take.text("unit", 10_000),
+        placement=placement,
+        num_shares=take.whole("num-shares", 1, 1 << 30),
+        plan=take.text("plan", _MAX_TEXT),
+        delta=take.number("delta"),
+        public_seed=take.whole("public-seed", 0, (1 << 62)),
+        head=(take.whole("head-number", 0, 1 << 60), take.identity("head-hash")),
+        query=query,
+    )
+    take.nothing_left()
+    return ask
+
+
+def reply_to_records(reply: Reply) -> "RecordDict":
+    """The Flower records of a `Reply`."""
+    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+    arrays = {} if reply.total is None else {"total": _array(reply.total, Array)}
+    config = {
+        "protocol": PROTOCOL,
+        "run": reply.run,
+        "round": reply.round,
+        "attempt": reply.attempt,
+        "code": int(reply.code),
+    }
+    return RecordDict({"reply": ConfigRecord(config), "arrays": ArrayRecord(arrays)})
+
+
+def reply_from_records(records: Mapping[str, Any], *, dim: int) -> Reply:
+    """The `Reply` in Flower records.
+
+    Args:
+      records: As received; trusted in nothing.
+      dim: Length of the sum that was asked for.
+
+    Raises:
+      WireError: Anything is missing, superfluous, of another type, shape or range.
+    """
+    if set(records) != {"reply", "arrays"}:
+        raise WireError("a reply holds exactly the records 'reply' and 'arrays'")
+    take = _Taker(records["reply"])
+    if take.whole("protocol", 0, 1 << 30) != PROTOCOL:
+        raise WireError(f"a reply in another protocol than {PROTOCOL}")
+    code = take.whole("code", 0, 1000)
+    if code not in set(ClientCode):
+        raise WireError("a reply with an unknown code")
+    run, round_, attempt = (
+        take.identity("run"),
+        take.whole("round", 0, 1 << 30),
+        take.whole("attempt", 0, 1 << 20),
+    )
+    take.nothing_left()
+    arrays = records["arrays"]
+    if code != ClientCode.OK:
+        if len(arrays):
+            raise WireError("a refusal that carries arrays")
+        return Reply(run, round_, attempt, ClientCode(code))
+    if set(arrays) != {"total"}:
+        raise WireError("a reply holds exactly the array 'total'")
+    total = _decode(arrays["total"], {"int64"}, max_bytes=8 * dim)
+    if total.shape != (dim,):
+        raise WireError(f"a reply of shape {total.shape} where ({dim},) was asked for")
+    return Reply(run, round_, attempt, ClientCode.OK, total)
+
+
+class _Taker:
+    """Takes entries out of a config record, each of one type and range, each once."""
+
+    def __init__(self, record: Any) -> None:
+        if not isinstance(record, Mapping):
+            raise WireError("a message whose record is of another kind")
+        self._left = dict(record)
+
+    def _take(self, key: str, kind: type) -> Any:
+        value = self._left.pop(key, None)
+        if type(value) is not kind:
+            raise WireError(f"a message whose {key!r} is missing or of another type")
+        return value
+
+    def whole(self, key: str, low: int, high: int) -> int:
+        value: int = self._take(key, int)
+        if not low <= value <= high:
+            raise WireError(f"a message whose {key!r} is out of range")
+        return value
+
+    def number(self, key: str) -> float:
+        value: float = self._take(key, float)
+        if not math.isfinite(value):
+            raise WireError(f"a message whose {key!r} is not finite")
+        return value
+
+    def truth(self, key: str) -> bool:
+        value: bool = self._take(key, bool)
+        return value
+
+    def text(self, key: str, longest: int) -> str:
+        value: str = self._take(key, str)
+        if len(value) > longest:
+            raise WireError(f"a message whose {key!r} is too long")
+        return value
+
+    def identity(self, key: str) -> str:
+        value = self.text(key, 128)
+        if not _ID.fullmatch(value):
+            raise WireError(f"a message whose {key!r} is not a plain name")
+        return value
+
+    def nothing_left(self) -> None:
+        if self._left:
+            raise WireError("a message with keys that this version does not know")
+
+
+def _array(values: NDArray[Any], kind: Any) -> Any:
+    """A Flower array in the plain little-endian layout that `_decode` reads."""
+    flat = np.ascontiguousarray(values)
+    if flat.dtype.name not in _DTYPES:
+        raise WireError(f"an array of dtype {flat.dtype.name} does not travel")
+    return kind(
+        dtype=flat.dtype.name, shape=tuple(flat.shape), stype="fedsynth.raw", data=flat.tobytes()
+    )
+
+
+def _decode(array: Any, dtypes: set[str], *, max_bytes: int) -> NDArray[Any]:
+    """The values of a Flower array, after its claims were held against its bytes."""
+    shape = tuple(array.shape)
+    if array.stype != "fedsynth.raw" or array.dtype not in dtypes:
+        raise WireError("an array in another layout or dtype")
+    if not all(type(side) is int and 0 <= side <= max_bytes for side in shape):
+        raise WireError("an array with an impossible shape")
+    dtype = np.dtype(array.dtype).newbyteorder("<")
+    claimed = math.prod(shape) * dtype.itemsize
+    if claimed > max_bytes or claimed != len(array.data):
+        raise WireError("an array whose size is not what it claims")
+    values = np.frombuffer(array.data, dtype=dtype).reshape(shape)
+    return values.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _inputs(record: Any) -> dict[str, NDArray[Any]]:
+    """The arrays that come with a query."""
+    if not isinstance(record, Mapping) or len(record) > 1000:
+        raise WireError("a message whose inputs are of another kind")
+    return {str(key): _decode(value, _DTYPES, max_bytes=MAX_INPUT_BYTES) for key, value in record.items()}

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find strategies, aggregators and synthesizers by name, and build them from settings."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from ..core.errors import ConfigError
+from ..core.query import Strategy
+from ..core.synthesizer import Synthesizer
+from ..core.wire import canonical
+
+T = TypeVar("T")
+
+STRATEGIES = {
+    "independent": "independent:Independent",
+    "mst": "mst:Mst",
+    "private_evolution": "private_evolution:PrivateEvolution",
+    "dp_merf": "dp_merf:DpMerf",
+    "dp_fedavg": "dp_fedavg:DpFedAvg",
+}
+SYNTHESIZERS = {
+    "columns": "independent:Columns",
+    "tree": "mst:Tree",
+    "pool": "private_evolution:Pool",
+    "network": "parts.generator:Network",
+    "autoencoder": "dp_fedavg:Autoencoder",
+}
+
+
+def strategy_names() -> list[str]:
+    """Names of all installed strategies."""
+    return sorted({*STRATEGIES, *_plugins("fedsynth.strategies")})
+
+
+def build_strategy(name: str, settings: Mapping[str, Any]) -> Strategy:
+    """A strategy by its name, or by `module:Name`, with its settings checked.
+
+    Raises:
+      ConfigError: No such strategy, an unknown key, or a value of the wrong type or range.
+    """
+    kind = find("strategy", name, STRATEGIES, "fedsynth.strategies", Strategy)
+    return build(kind, settings, f"strategy {name!r}")
+
+
+def settings_of(strategy: Strategy) -> str:
+    """A strategy's settings as canonical JSON; `build_strategy` reads them back."""
+    return canonical(dataclasses.asdict(strategy))  # type: ignore[call-overload]
+
+
+def synthesizer_class(kind: str) -> type[Synthesizer]:
+    """The class that a saved synthesizer is restored by.
+
+    Never imports a module that a file names: a plug-in's kinds are found by entry point only.
+    """
+    if ":" in kind:
+        raise ConfigError(f"synthesizer kind {kind!r} must be installed as an entry point")
+    return find("synthesizer", kind, SYNTHESIZERS, "fedsynth.synthesizers", Synthesizer)
+
+
+def find(
+    what: str, name: str, builtin: Mapping[str, str], group: str, base: type[T]
+) -> type[T]:
+    """A class by its built-in name, its entry point's name, or `module:Name`."""
+    if name in builtin:
+        module, attribute = builtin[name].split(":")
+        found = getattr(import_module(f"..{module}", __name__), attribute)
+    elif name in (plugins := _plugins(group)):
+        found = plugins[name].load()
+    elif ":" in name:
+        found = _imported(what, name)
+    else:
+        known = sorted({*builtin, *plugins})
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"no {what} {name!r}{f'; did you mean {near[0]!r}?' if near else '.'}"
+            f" Installed: {', '.join(known)}; your own: 'module:Name'"
+        )
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"{what} {name!r} is not a subclass of fedsynth's {base.__name__}")
+    return found
+
+
+def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
+    """A frozen dataclass from settings; unknown keys are refused with the known ones."""
+    if not dataclasses.is_dataclass(kind):
+        raise ConfigError(f"{where} must be a frozen dataclass, so that its fields are settings")
+    known = [f.name for f in dataclasses.fields(kind) if f.init]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigError(
+                f"{where}: unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else '.'}"
+                f" Known keys: {', '.join(known) or 'none'}"
+            )
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    try:
+        made: T = adapter.validate_python(dict(settings))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {key} = {problem['input']!r}: {message}") from error
+    return made
+
+
+def _plugins(group: str) -> dict[str, Any]:
+    """Entry points of a group, by name."""
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def _imported(what: str, name: str) -> Any:
+    """What `module:Name` names; only ever called with a name that a person wrote or allowed."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{what} {name!r} cannot be imported: {error}") from error
