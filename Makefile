@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` makes a release from the table in examples/, `make test` runs everything CI runs.
+# Both build .venv first and touch nothing outside this folder.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+  "$$p" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+  && echo "$$p" && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# One thread a process: faster on small machines, and timings compare.
+export OMP_NUM_THREADS := 1
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+
+BENCHMARKS := $(shell grep -ls "^if __name__" benchmarks/*.py)
+
+.PHONY: help demo test check lint types unit smoke bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo    install the base package and make a release from a real table'
+	@echo 'make test    install everything and run what CI runs'
+	@echo 'make check   ruff and mypy'
+	@echo 'make bench   full benchmarks, into build/bench (hours)'
+	@echo 'make clean   remove .venv and caches'
+
+demo: $(VENV)/.base
+	$(BIN)/fedsynth run examples/diabetes130/run.toml
+
+test: check unit smoke
+
+check: lint types
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev .typecheck/fedsynth
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest -q
+
+smoke: $(VENV)/.dev
+	@set -e; for file in $(BENCHMARKS); do \
+	  echo "== $$file --quick"; $(BIN)/python "$$file" --quick; done
+
+bench: $(VENV)/.dev
+	@mkdir -p build/bench
+	@set -e; for file in $(BENCHMARKS); do \
+	  echo "== $$file"; $(BIN)/python "$$file" --json "build/bench/$$(basename "$$file" .py).json"; done
+
+clean:
+	rm -rf $(VENV) .typecheck build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# mypy finds the checkout under the name of the package through this link.
+.typecheck/fedsynth:
+	@mkdir -p .typecheck && ln -sfn .. $@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { \
+	  echo 'error: no Python 3.11 or newer with its venv module was found' >&2; \
+	  echo '  install one, or name it: make PYTHON=/path/to/python3.11' >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are newer than what they were installed from, so a second run installs nothing.
+$(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+# torch goes first and by its exact version, so that a CPU build lying on the machine is taken.
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) -e '.[all,dev]'
+	@touch $@ $(VENV)/.base
