@@ -40,26 +40,31 @@ class Lattice:
         return Lattice(unit, query.clip / unit)
 
 
-def clipped_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
+def clipped_sum(
+    contribution: Contribution, query: Query, *, num_users: int | None = None
+) -> NDArray[np.int64]:
     """Exact sum of the users' clipped vectors on the query's lattice, `(dim,)`.
 
     Bit-equal whatever the order of users and however they are split into blocks and clients.
+
+    Args:
+      contribution: What a strategy handed over for a block of users.
+      query: What was asked.
+      num_users: Users in the block; a contribution for any other number counts as zeros.
+        `None`: as many as the contribution says.
 
     Privacy:
       Adding or removing one user of the block changes the result by at most
       `Lattice.of(query).bound` in L2. A user whose vector is not finite or names a cell out of
       range counts as zeros; a contribution of the wrong shape counts as zeros altogether.
     """
+    if num_users is not None and contribution.num_users != num_users:
+        return np.zeros(query.dim, dtype=np.int64)
     if contribution.dense is not None:
         return _dense_sum(contribution.dense, contribution.num_users, query)
     if contribution.indices is not None:
         return _cell_sum(contribution, query)
     return np.zeros(query.dim, dtype=np.int64)
-
-
-def noise_stddev(query: Query, *, sensitivity: float) -> float:
-    """Standard deviation of a query's noise, in the vectors' own unit."""
-    return query.noise_multiplier * sensitivity
 
 
 def noised(

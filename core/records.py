@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,23 @@ class BoundedShard:
         """First record of each user and, last, the number of records, `(num_users + 1,)`."""
         return np.searchsorted(self.user_index, np.arange(self.num_users + 1)).astype(np.int64)
 
+    def user_keys(self, *salt: int) -> NDArray[np.uint64]:
+        """A pseudorandom number for each user, `(num_users,)`, from that user's records alone.
+
+        What a strategy draws at random for a user must not depend on who else is in the block;
+        numbers taken from here do not. They carry no privacy claim.
+        """
+        keys = np.full(len(self.records), _mixed(np.uint64(0), *salt))
+        for column in self.records.codes.T:
+            keys = _mixed(keys, column)
+        if self.records.images is not None:
+            pixels = self.records.images.reshape(len(keys), -1).astype(np.uint64)
+            weights = _mixed(np.arange(pixels.shape[1], dtype=np.uint64), 1) | np.uint64(1)
+            keys = _mixed(keys, pixels @ weights)
+        total = np.zeros(self.num_users, dtype=np.uint64)
+        np.add.at(total, self.user_index, keys)
+        return _mixed(total, 2)
+
     def blocks(self, num_users: int) -> Iterator["BoundedShard"]:
         """The shard in runs of at most `num_users` users; at least one block, even when empty."""
         starts = self.starts
@@ -76,3 +94,14 @@ class BoundedShard:
         return BoundedShard(
             Records(self.records.codes[rows], images), user_index, num_users, self.max_records
         )
+
+
+def _mixed(state: Any, *values: Any) -> Any:
+    """`state` stirred with each of `values`, by the finalizer of SplitMix64."""
+    with np.errstate(over="ignore"):
+        for value in values:
+            state = state + np.asarray(value).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state

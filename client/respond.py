@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one door private data leaves by: check, reserve, clip, sum, add noise, store, reply.
+
+What passes is an integer vector of the length that the query announced, or a fixed code.
+Nothing else that depends on records: no count, loss, norm, timing or text of an error.
+"""
+
+import json
+import logging
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.errors import ClientCode, ConfigError, ShardError
+from ..core.failpoints import at
+from ..core.mechanism import Lattice, clipped_sum, noised
+from ..core.privacy import NoisePlacement, PrivacyUnit, Relation
+from ..core.query import Contribution, Query, Strategy
+from ..core.randomness import KeyStream, coins
+from ..core.records import BoundedShard
+from ..core.wire import Ask, Reply
+from ..strategies.registry import build_strategy
+from .site import Site
+
+_log = logging.getLogger(__name__)
+_BLOCK_BYTES = 1 << 26  # dense rows held at a time
+_CELL_USERS = 1 << 16  # users counted at a time
+
+
+def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
+    """This client's answer to a query, or the code of its refusal.
+
+    The order is the promise: what the owner allows, then the plan and the budget, then a durable
+    reservation, and only then the records; the answer is stored durably before it is returned,
+    and asked again it is the same bytes.
+
+    Privacy:
+      Adding or removing all records of one user moves the sum by at most the query's clip in L2
+      before noise. Under `local` placement the noise of the whole promise is added here. Under
+      `central` the exact clipped sum leaves, for a server that the owner's policy trusts. Under
+      `distributed` a share is added, which protects nobody unless the sum is secure; the policy
+      and the engine see to that.
+    """
+    refusal = _admission(ask, site)
+    if refusal is not None:
+        return _refused(ask, refusal)
+    try:
+        unit = unit_of(ask)
+        strategy = build_strategy(ask.strategy, json.loads(ask.settings))
+    except (ConfigError, ValueError, TypeError):
+        return _refused(ask, ClientCode.STRATEGY_UNKNOWN)
+    try:
+        shard = site.load(unit, ask.public_seed)
+    except ShardError as error:
+        _log.error("this shard cannot answer: %s", error)
+        return _refused(ask, ClientCode.SHARD_INVALID)
+    if shard.num_users < site.policy.min_users:
+        return _refused(ask, ClientCode.POLICY_REFUSED)
+    refusal = site.odometer.join(ask, cap=site.policy.cap)
+    if refusal is not None:
+        return _refused(ask, refusal)
+    at("before-client-reserve")
+    reserved = site.odometer.reserve(ask)
+    at("after-client-reserve")
+    if isinstance(reserved, ClientCode):
+        return _refused(ask, reserved)
+    if isinstance(reserved, bytes):
+        total = np.frombuffer(reserved, dtype="<i8").astype(np.int64)
+    else:
+        total = _noise_share(
+            _sum_over_users(ask, strategy, shard, stream), ask, unit.max_clients, stream
+        )
+        at("before-client-store")
+        site.odometer.store(ask, total.astype("<i8").tobytes())
+        at("after-client-store")
+    return Reply(ask.run, ask.round, ask.attempt, ClientCode.OK, total)
+
+
+def unit_of(ask: Ask) -> PrivacyUnit:
+    """The privacy unit that a request states."""
+    fields = json.loads(ask.unit)
+    return PrivacyUnit(**{**fields, "relation": Relation(fields["relation"])})
+
+
+def _admission(ask: Ask, site: Site) -> ClientCode | None:
+    """The first reason not to look at the records at all, if there is one."""
+    if ask.schema_digest != site.schema.digest:
+        return ClientCode.SCHEMA_MISMATCH
+    refusal = site.policy.refuses(ask)
+    if refusal is not None:
+        return refusal
+    if ask.placement is NoisePlacement.DISTRIBUTED and not site.sum_is_secure:
+        return ClientCode.POLICY_REFUSED
+    return site.odometer.witness(ask.population, ask.head)
+
+
+def _refused(ask: Ask, code: ClientCode) -> Reply:
+    """A refusal; it carries a code and nothing else."""
+    return Reply(ask.run, ask.round, ask.attempt, code)
+
+
+def _sum_over_users(
+    ask: Ask, strategy: Strategy, shard: BoundedShard, stream: KeyStream
+) -> NDArray[np.int64]:
+    """Exact sum of clipped vectors of the users whose secret coin came up, `(dim,)`."""
+    query = ask.query
+    if query.sampling_prob < 1:
+        shard = shard.only(coins(shard.num_users, query.sampling_prob, stream))
+    size = _CELL_USERS if query.cells else max(1, _BLOCK_BYTES // (8 * query.dim))
+    total = np.zeros(query.dim, dtype=np.int64)
+    at("before-clip")
+    for block in shard.blocks(size):
+        total += _block_sum(ask, strategy, block)
+    at("after-clip")
+    return total
+
+
+def _block_sum(ask: Ask, strategy: Strategy, block: BoundedShard) -> NDArray[np.int64]:
+    """Sum over one block; a user whose records make the strategy fail counts as zeros.
+
+    An error that depends on records must neither reach the server nor void other users'
+    contributions, so a failing block is halved until the users who cause it stand alone.
+    """
+    rng = np.random.default_rng([ask.public_seed, ask.round])  # the same for every block
+    try:
+        contribution = strategy.answer(ask.query, block, rng)
+        if not isinstance(contribution, Contribution):
+            raise TypeError("a strategy's answer must be a Contribution")
+        return clipped_sum(contribution, ask.query, num_users=block.num_users)
+    except Exception:  # noqa: BLE001  (closed: the user counts as zeros, and nothing is said)
+        if block.num_users <= 1:
+            _log.exception("a user's records made %s fail; they count as zeros", ask.strategy)
+            return np.zeros(ask.query.dim, dtype=np.int64)
+    half = (block.num_users + 1) // 2
+    return sum(
+        (_block_sum(ask, strategy, part) for part in block.blocks(half)),
+        np.zeros(ask.query.dim, dtype=np.int64),
+    )
+
+
+def _noise_share(
+    total: NDArray[np.int64], ask: Ask, max_clients: int, stream: KeyStream
+) -> NDArray[np.int64]:
+    """The sum with the noise that this client owes under the run's placement."""
+    query: Query = ask.query
+    stddev = query.noise_multiplier * query.clip * max_clients
+    match ask.placement:
+        case NoisePlacement.CENTRAL:
+            return total
+        case NoisePlacement.LOCAL:
+            share = stddev
+        case NoisePlacement.DISTRIBUTED:
+            share = stddev / math.sqrt(ask.num_shares)
+    return noised(total, stddev=share, lattice=Lattice.of(query), stream=stream)

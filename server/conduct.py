@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conduct a run from its configuration to a release: commit, learn, sample, write, finish."""
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core import accounting
+from ..core.config import RunConfig, parse_config
+from ..core.errors import ConfigError, Interrupted
+from ..core.failpoints import at
+from ..core.query import Strategy
+from ..core.randomness import KeyStream
+from ..core.schema import Schema
+from ..core.wire import Ask, canonical
+from ..core.query import Query
+from ..strategies.aggregators import build_aggregator
+from ..strategies.registry import build_strategy, settings_of
+from .federation import Federation
+from .ledger import Ledger
+from .loop import Measured, learn
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+_log = logging.getLogger(__name__)
+UNFINISHED = ".unfinished"
+_ROUNDS_SEED, _SAMPLE_SEED = 1, 2  # separate public streams of one run's seed
+
+
+@dataclass(frozen=True)
+class RoundEvent:
+    """What a person may be shown of a run while it goes on; nothing in it is private.
+
+    Attributes:
+      round: Rounds done.
+      num_rounds: Rounds of the plan.
+      query: Name of the round's query.
+      replied: Clients whose sums are in it.
+      clients: Clients asked.
+      void: The round gave nothing.
+      replayed: The round was taken from the ledger, not asked.
+      stddev: Of the sum's noise.
+      epsilon_spent: Of this run, after the round.
+      epsilon_left: Of this run's budget.
+      seconds: Since the run, or its resumption, began.
+    """
+
+    round: int
+    num_rounds: int
+    query: str
+    replied: int
+    clients: int
+    void: bool
+    replayed: bool
+    stddev: float
+    epsilon_spent: float
+    epsilon_left: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as it is fixed before anybody is asked.
+
+    Attributes:
+      run: Its identity.
+      config: Its configuration.
+      schema: The population's public schema.
+      strategy: The method.
+      noise_multiplier: The method's noise dial, calibrated to the budget.
+      event: What the whole run costs.
+    """
+
+    run: str
+    config: RunConfig
+    schema: Schema
+    strategy: Strategy
+    noise_multiplier: float
+    event: Any  # DpEvent
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the ledger commits beside the event; a resumed run must match it."""
+        config = self.config
+        return {
+            "strategy": config.strategy.name,
+            "settings": json.loads(settings_of(self.strategy)),
+            "schema": self.schema.digest,
+            "unit": asdict(config.privacy_unit),
+            "epsilon": config.run_budget.epsilon,
+            "delta": config.run_budget.delta,
+            "num_users": config.population.num_users,
+            "placement": config.noise.placement.value,
+            "aggregator": config.noise.aggregator,
+            "aggregator_settings": config.noise.aggregator_settings,
+            "noise_multiplier": self.noise_multiplier,
+            "quorum": config.engine.quorum,
+            "seed": config.seed,
+        }
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """Public randomness of the strategy's server half."""
+        return np.random.default_rng([self.config.seed, _ROUNDS_SEED])
+
+    @property
+    def sample_rng(self) -> np.random.Generator:
+        """Public randomness of the released sample."""
+        return np.random.default_rng([self.config.seed, _SAMPLE_SEED])
+
+
+def plan_of(config: RunConfig, *, run: str | None = None) -> Plan:
+    """The plan of a run; reads the schema, never the data, and asks nobody.
+
+    Raises:
+      ConfigError: A setting, the strategy or the budget cannot be.
+    """
+    schema = Schema.read(config.path(config.data.schema_path))
+    strategy = build_strategy(config.strategy.name, config.strategy.settings)
+    budget = config.run_budget
+    noise = accounting.calibrate(lambda z: strategy.event(schema, z), budget)
+    event = strategy.event(schema, noise)
+    accounting.price(event, budget.delta)  # the cross-check must hold before anything is asked
+    return Plan(run or new_run_id(config.strategy.name), config, schema, strategy, noise, event)
+
+
+def new_run_id(strategy: str) -> str:
+    """A name for a run that no other has: when, what, and eight random hex digits."""
+    plain = "".join(c if c.isalnum() else "-" for c in strategy.split(":")[-1].lower())[:24]
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{plain}-{secrets.token_hex(4)}"
+
+
+def start(plan: Plan) -> Path:
+    """Write down a run before it begins, so that it can be found again; its working folder."""
+    folder = plan.config.path(plan.config.release.path) / f"{plan.run}{UNFINISHED}"
+    folder.mkdir(parents=True, exist_ok=True)
+    described = folder / "run.json"
+    if not described.exists():
+        data = {
+            "run": plan.run,
+            "base": str(plan.config.base),
+            "config": plan.config.model_dump(mode="json", by_alias=True),
+        }
+        partial = described.with_suffix(".partial")
+        partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        partial.replace(described)
+    return folder
+
+
+def unfinished(path: Path) -> Plan:
+    """The plan of a run that was started and not finished.
+
+    Args:
+      path: Its release folder, its working folder, or the `run.json` in that.
+
+    Raises:
+      ConfigError: There is no such run, or it is finished.
+    """
+    candidates = [path, path / "run.json", Path(f"{path}{UNFINISHED}") / "run.json"]
+    found = next((p for p in candidates if p.is_file() and p.name == "run.json"), None)
+    if found is None:
+        if (path / "card.json").exists():
+            raise ConfigError(f"{path} is finished; there is nothing to resume")
+        raise ConfigError(f"{path} is not an unfinished run: it holds no run.json")
+    data = json.loads(found.read_text(encoding="utf-8"))
+    config = parse_config(data["config"], base=Path(data["base"]), where=str(found))
+    return plan_of(config, run=data["run"])
+
+
+def conduct(
+    plan: Plan,
+    grid: "Grid",
+    *,
+    stream: KeyStream,
+    sums_are_hidden: bool = False,
+    on_event: Callable[[RoundEvent], None] = lambda event: None,
+) -> Path:
+    """Do a planned run, or what is left of it, and write its release.
+
+    Args:
+      plan: The run.
+      grid: Carries messages to clients.
+      stream: Secret randomness of `central` noise.
+      sums_are_hidden: Nobody can see a single client's sum (the local engine only).
+      on_event: Told of every round.
+
+    Returns:
+      The release folder.
+
+    Raises:
+      PrivacyRefusal: The budget does not hold the run, or a query is outside its plan.
+      QuorumError: Too few clients; resumable.
+      Interrupted: A person stopped it; resumable.
+    """
+    from .release import write_release
+
+    config = plan.config
+    federation = Federation(
+        grid=grid,
+        num_clients=config.engine.clients,
+        quorum=config.engine.quorum,
+        timeout_s=config.engine.timeout_s,
+        aggregator=build_aggregator(config.noise.aggregator, config.noise.aggregator_settings),
+        sums_are_hidden=sums_are_hidden,
+    )
+    federation.check(config.noise.placement)
+    folder = start(plan)
+    ledger = Ledger(config.path(config.ledger))
+    progress = _Progress(plan, on_event, folder / "progress.jsonl")
+    with ledger.hold(plan.run):
+        try:
+            ledger.open_run(
+                plan.run,
+                config.population.name,
+                cap=config.population.cap,
+                event=plan.event,
+                facts=plan.facts,
+            )
+            synthesizer = learn(
+                plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng),
+                draft=_draft(plan),
+                max_clients=config.unit.max_clients,
+                ledger=ledger,
+                federation=federation,
+                stream=stream,
+                on_round=progress,
+            )
+        except KeyboardInterrupt as stop:
+            raise Interrupted(
+                f"stopped after round {progress.done}. What was spent is on the ledger and"
+                f" nothing is lost. Resume: fedsynth run --resume {folder}"
+            ) from stop
+        at("before-export")
+        release = write_release(
+            plan, synthesizer, ledger=ledger, noise_is_secret=stream.is_secret
+        )
+        at("after-export")
+        ledger.finish(plan.run)
+    _clear(folder)
+    return release
+
+
+def _draft(plan: Plan) -> Ask:
+    """The run's facts as each request carries them; round, head and query are placeholders."""
+    config = plan.config
+    return Ask(
+        run=plan.run,
+        population=config.population.name,
+        round=1,
+        attempt=1,
+        strategy=config.strategy.name,
+        settings=settings_of(plan.strategy),
+        schema_digest=plan.schema.digest,
+        unit=canonical(asdict(config.privacy_unit)),
+        placement=config.noise.placement,
+        num_shares=config.engine.quorum,
+        plan=canonical(accounting.to_json(plan.event)),
+        delta=config.run_budget.delta,
+        public_seed=config.seed,
+        head=(0, "0"),
+        query=Query("none", 1, 1.0, 1.0),
+    )
+
+
+class _Progress:
+    """Turns rounds into events: for a person, and for a file that others can follow."""
+
+    def __init__(self, plan: Plan, on_event: Callable[[RoundEvent], None], path: Path) -> None:
+        self._plan, self._on_event, self._path = plan, on_event, path
+        self._begun = time.monotonic()
+        self._leaves: dict[tuple[float, float], int] = {}
+        self.done = 0
+
+    def __call__(self, measured: Measured) -> None:
+        self.done = measured.round
+        query, plan = measured.query, self._plan
+        leaf = (query.noise_multiplier, query.sampling_prob)
+        self._leaves[leaf] = self._leaves.get(leaf, 0) + 1
+        budget = plan.config.run_budget
+        num_rounds = sum(accounting.leaves(plan.event).values())
+        spent = self._spent(num_rounds)
+        event = RoundEvent(
+            round=measured.round,
+            num_rounds=num_rounds,
+            query=query.name,
+            replied=measured.noisy.num_clients,
+            clients=plan.config.engine.clients,
+            void=measured.noisy.is_void,
+            replayed=measured.replayed,
+            stddev=measured.noisy.stddev,
+            epsilon_spent=spent,
+            epsilon_left=max(0.0, budget.epsilon - spent),
+            seconds=time.monotonic() - self._begun,
+        )
+        _log.info(
+            "round %d/%d %s: %d of %d clients, stddev %.4g, epsilon %.3g",
+            event.round,
+            event.num_rounds,
+            event.query,
+            event.replied,
+            event.clients,
+            event.stddev,
+            event.epsilon_spent,
+        )
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(asdict(event))) + "\n")
+        self._on_event(event)
+
+    def _spent(self, num_rounds: int) -> float:
+        """Epsilon of the rounds so far; in long sampled runs priced at every fiftieth round."""
+        event = accounting.event_of(self._leaves)
+        sampled = any(prob < 1 for _, prob in self._leaves)
+        every = max(1, num_rounds // 50) if sampled else 1
+        if self.done % every == 0 or self.done == num_rounds or not hasattr(self, "_last"):
+            self._last = accounting.epsilon_of(event, self._plan.config.run_budget.delta)
+        return self._last
+
+
+def _finite(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity; a void round's noise is null."""
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in data.items()}
+
+
+def _clear(folder: Path) -> None:
+    """Remove a finished run's working folder."""
+    for name in ("run.json", "progress.jsonl", "run.partial"):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
