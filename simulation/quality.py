@@ -254,7 +254,7 @@ def _cells(
     """Cell of each record in the joint table of `columns`, `(num_records,)`."""
     if math.prod(sides) >= 1 << 62:
         raise DataError("the marginal has too many cells to be numbered; compare fewer columns")
-    cells = codes[columns[0]].astype(np.int64)
+    cells: NDArray[np.int64] = codes[columns[0]].astype(np.int64)
     for column, side in zip(columns[1:], sides[1:], strict=True):
         cells = cells * side + codes[column]
     return cells
