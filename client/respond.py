@@ -111,32 +111,39 @@ def _sum_over_users(
     total = np.zeros(query.dim, dtype=np.int64)
     at("before-clip")
     for block in shard.blocks(size):
-        total += _block_sum(ask, strategy, block)
+        total += block_sum(strategy, query, block, seed=(ask.public_seed, ask.round))
     at("after-clip")
     return total
 
 
-def _block_sum(ask: Ask, strategy: Strategy, block: BoundedShard) -> NDArray[np.int64]:
-    """Sum over one block; a user whose records make the strategy fail counts as zeros.
+def block_sum(
+    strategy: Strategy, query: Query, block: BoundedShard, *, seed: tuple[int, int]
+) -> NDArray[np.int64]:
+    """Sum of clipped vectors over one block of users, `(dim,)`.
 
     An error that depends on records must neither reach the server nor void other users'
-    contributions, so a failing block is halved until the users who cause it stand alone.
+    contributions, so a block that fails is halved until the users who cause it stand alone;
+    those count as zeros.
+
+    Args:
+      strategy: Whose client half answers.
+      query: What is asked.
+      block: The users.
+      seed: Of public randomness; every block starts from the same.
     """
-    rng = np.random.default_rng([ask.public_seed, ask.round])  # the same for every block
     try:
-        contribution = strategy.answer(ask.query, block, rng)
+        contribution = strategy.answer(query, block, np.random.default_rng(seed))
         if not isinstance(contribution, Contribution):
             raise TypeError("a strategy's answer must be a Contribution")
-        return clipped_sum(contribution, ask.query, num_users=block.num_users)
+        return clipped_sum(contribution, query, num_users=block.num_users)
     except Exception:  # noqa: BLE001  (closed: the user counts as zeros, and nothing is said)
         if block.num_users <= 1:
-            _log.exception("a user's records made %s fail; they count as zeros", ask.strategy)
-            return np.zeros(ask.query.dim, dtype=np.int64)
-    half = (block.num_users + 1) // 2
-    return sum(
-        (_block_sum(ask, strategy, part) for part in block.blocks(half)),
-        np.zeros(ask.query.dim, dtype=np.int64),
-    )
+            _log.exception("a user's records made %s fail; they count as zeros", strategy.name)
+            return np.zeros(query.dim, dtype=np.int64)
+    total = np.zeros(query.dim, dtype=np.int64)
+    for part in block.blocks((block.num_users + 1) // 2):
+        total += block_sum(strategy, query, part, seed=seed)
+    return total
 
 
 def _noise_share(

@@ -156,7 +156,7 @@ def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
         return total
     lattice = Lattice.of(query)
     with np.errstate(over="ignore", invalid="ignore"):
-        heights = np.rint(np.clip(weights / lattice.unit, -(2.0**40), 2.0**40))
+        heights = np.clip(weights / lattice.unit, -(2.0**40), 2.0**40)
     step = max(1, _SLICE // max(1, cells.shape[1]))
     starts = np.flatnonzero(np.diff(users, prepend=-1))  # first record of each user
     first = 0
@@ -196,10 +196,11 @@ def _add_cells(
     alone[:-1] &= np.diff(users) > 0
     # a user with one record whose cells all differ: every height once, so one norm for them all
     simple = alone & (np.diff(cells, axis=1) > 0).all(axis=1)
-    if float(heights @ heights) > lattice.bound**2:
+    whole = np.rint(heights)
+    if not float(whole @ whole) <= lattice.bound**2:
         simple[:] = False
     picked = cells[simple]
-    for column, height in enumerate(heights if len(picked) else ()):
+    for column, height in enumerate(whole if len(picked) else ()):
         low = picked[:, column].min()
         counts = np.bincount(picked[:, column] - low)
         total[low : low + len(counts)] += counts * int(height)

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every strategy owes, checked on small adversarial populations: `fedsynth check`.
+
+The same checks run over all built-in strategies in `tests/test_every_strategy.py`. Each says
+what failed, on the smallest input that it tried.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..client.respond import block_sum
+from ..core import accounting
+from ..core.errors import ConfigError
+from ..core.mechanism import Lattice, noised, real_sum
+from ..core.query import NoisySum, Query, Strategy
+from ..core.randomness import OsKeyStream
+from ..core.records import BoundedShard, Records
+from ..core.schema import Column, ImageColumn, Schema
+from ..core.synthesizer import Synthesizer
+from ..strategies.registry import build, settings_of
+
+if TYPE_CHECKING:
+    from ..core.randomness import KeyStream
+
+_NOISE = 0.7
+_MANY = 10_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing a strategy owes, and whether it keeps it.
+
+    Attributes:
+      name: What is owed, as a claim.
+      ok: Whether it held on all that was tried.
+      detail: What failed, on the smallest input; empty when nothing did.
+    """
+
+    name: str
+    ok: bool
+    detail: str = ""
+
+
+def check_strategy(strategy: Strategy, schema: Schema | None = None) -> list[Finding]:
+    """Try a strategy on populations made to break it.
+
+    Args:
+      strategy: With the settings to be tried; few rounds make it quick.
+      schema: The schema to try it on; `None`: a small table, or a small image schema for a
+        strategy that refuses tables.
+
+    Returns:
+      One finding for each thing owed, in a fixed order.
+    """
+    trial = _Trial(strategy, schema or _fitting_schema(strategy))
+    return [_finding(claim, check) for claim, check in trial.checks()]
+
+
+def small_table() -> Schema:
+    """A table of five columns of every kind, with a target."""
+    public = "public: made up for this check"
+    return Schema(
+        (
+            Column("color", "category", public, categories=("red", "green", "blue")),
+            Column("age", "integer", public, bounds=(0, 99), num_bins=10, missing=True),
+            Column("weight", "real", public, bounds=(0.0, 1.0), num_bins=5),
+            Column("size", "category", public, categories=("S", "M", "L", "XL"), missing=True),
+            Column("ill", "category", public, categories=("no", "yes")),
+        ),
+        target="ill",
+    )
+
+
+def small_images() -> Schema:
+    """Images of 8 by 8 pixels with a label of three classes."""
+    public = "public: made up for this check"
+    return Schema(
+        (Column("label", "category", public, categories=("0", "1", "2")),),
+        image=ImageColumn("images", (8, 8, 1), public),
+        target="label",
+    )
+
+
+def made_up(schema: Schema, records_per_user: list[int], seed: int) -> BoundedShard:
+    """A shard of random valid records."""
+    rng = np.random.default_rng(seed)
+    num_records = sum(records_per_user)
+    codes = np.stack([rng.integers(0, c, num_records) for c in schema.shape], axis=1)
+    images = None
+    if schema.image is not None:
+        images = rng.integers(0, 256, (num_records, *schema.image.shape), dtype=np.uint8)
+    users = np.repeat(np.arange(len(records_per_user)), records_per_user)
+    return BoundedShard(
+        Records(codes.astype(np.int32), images),
+        users.astype(np.int64),
+        len(records_per_user),
+        max([1, *records_per_user]),
+    )
+
+
+def joined(first: BoundedShard, second: BoundedShard) -> BoundedShard:
+    """The users of both shards, the first one's before."""
+    images = None
+    if first.records.images is not None and second.records.images is not None:
+        images = np.concatenate([first.records.images, second.records.images])
+    return BoundedShard(
+        Records(np.concatenate([first.records.codes, second.records.codes]), images),
+        np.concatenate([first.user_index, second.user_index + first.num_users]),
+        first.num_users + second.num_users,
+        max(first.max_records, second.max_records),
+    )
+
+
+class _Broken(Exception):
+    """A check failed; the text says on what."""
+
+
+def _finding(claim: str, check: Callable[[], None]) -> Finding:
+    """Run one check; a strategy that raises has failed it."""
+    try:
+        check()
+    except _Broken as broken:
+        return Finding(claim, False, str(broken))
+    except Exception as error:  # noqa: BLE001  (a plug-in may raise anything; that is the finding)
+        return Finding(claim, False, f"raised {type(error).__name__}: {error}")
+    return Finding(claim, True)
+
+
+def _fitting_schema(strategy: Strategy) -> Schema:
+    """A small schema that the strategy accepts."""
+    refusals = []
+    for schema in (small_table(), small_images()):
+        try:
+            strategy.event(schema, _NOISE)
+        except ConfigError as error:
+            refusals.append(str(error))
+        else:
+            return schema
+    raise ConfigError(
+        "the strategy fits neither a small table nor small images; give a schema to try it on:"
+        f" {refusals[0]}"
+    )
+
+
+class _Trial:
+    """One strategy on one schema, with a transcript to hold later runs against."""
+
+    def __init__(self, strategy: Strategy, schema: Schema) -> None:
+        self.strategy, self.schema = strategy, schema
+        self.shard = made_up(schema, [1, 3, 1, 2, 5, 1, 1, 4] * 5, seed=1)
+        self._transcript: list[tuple[Query, NoisySum]] | None = None
+        self._learned: Synthesizer | None = None
+
+    def checks(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What is owed, in order."""
+        yield "its event is priced, and falls as noise rises", self.event_is_priced
+        yield "its settings survive as JSON", self.settings_survive
+        yield "its queries add up to its event", self.queries_match_event
+        yield "one user moves each sum by at most the clip", self.one_user_is_bounded
+        yield "no user's answer depends on another user's records", self.users_are_apart
+        yield "an empty shard and a single user are answered", self.small_shards_work
+        yield "the same sums give the same synthesizer", self.replay_is_exact
+        yield "half a transcript, replayed, ends where the whole one does", self.half_replays
+        yield "a void round does not stop it", self.void_rounds_pass
+        yield "it leaves global random state alone", self.global_state_is_untouched
+        yield "its synthesizer samples the schema", self.samples_fit
+        yield "its synthesizer survives saving", self.saving_is_exact
+
+    def event_is_priced(self) -> None:
+        low = accounting.epsilon_of(self.strategy.event(self.schema, 4 * _NOISE), 1e-6)
+        high = accounting.epsilon_of(self.strategy.event(self.schema, _NOISE), 1e-6)
+        if not 0 < low < high:
+            raise _Broken(f"epsilon {high:.3g} at noise {_NOISE}, {low:.3g} at {4 * _NOISE}")
+
+    def settings_survive(self) -> None:
+        settings = json.loads(settings_of(self.strategy))
+        again = build(type(self.strategy), settings, "strategy")
+        if settings_of(again) != settings_of(self.strategy):
+            raise _Broken(f"{settings_of(self.strategy)} reads back as {settings_of(again)}")
+
+    def queries_match_event(self) -> None:
+        asked = Counter(
+            (query.noise_multiplier, query.sampling_prob) for query, _ in self.transcript
+        )
+        planned = accounting.leaves(self.strategy.event(self.schema, _NOISE))
+        if asked != planned:
+            raise _Broken(f"event() holds {dict(planned)}, rounds() asks {dict(asked)}")
+
+    def one_user_is_bounded(self) -> None:
+        for query in self.queries:
+            bound = Lattice.of(query).bound
+            without = self.sum_of(query, self.shard)
+            for what, user in self.arbitrary_users():
+                for order in ((self.shard, user), (user, self.shard)):
+                    moved = self.sum_of(query, joined(*order)) - without
+                    length = float(np.sqrt((moved.astype(np.float64) ** 2).sum()))
+                    if length > bound * (1 + 1e-12):
+                        raise _Broken(
+                            f"query {query.name!r}: a user with {what} moves the sum by"
+                            f" {length / bound:.6f} clips"
+                        )
+
+    def users_are_apart(self) -> None:
+        for query in self.queries:
+            together = self.sum_of(query, self.shard)
+            alone = sum(self.sum_of(query, user) for user in self.shard.blocks(1))
+            if not np.array_equal(together, alone):
+                worst = int(np.abs(together - alone).max())
+                raise _Broken(
+                    f"query {query.name!r}: users answered one by one give another sum than"
+                    f" together, by {worst} lattice steps"
+                )
+
+    def small_shards_work(self) -> None:
+        nobody = made_up(self.schema, [], seed=0)
+        for query in self.queries:
+            rng = np.random.default_rng(0)
+            answer = self.strategy.answer(query, nobody, rng)
+            if answer.num_users != 0 or self.sum_of(query, nobody).any():
+                raise _Broken(f"query {query.name!r}: an empty shard gives a sum that is not zero")
+            self.strategy.answer(query, made_up(self.schema, [1], seed=2), rng)
+
+    def replay_is_exact(self) -> None:
+        self.same(self.learned, self.replayed([noisy for _, noisy in self.transcript]))
+
+    def half_replays(self) -> None:
+        known = [noisy for _, noisy in self.transcript]
+        half = len(known) // 2
+        rounds = self.rounds()
+        query = next(rounds)
+        for number, noisy in enumerate(known[:half]):
+            if query.name != self.transcript[number][0].name:
+                raise _Broken(f"round {number + 1} asks {query.name!r} when replayed")
+            query = rounds.send(noisy)
+        try:
+            for noisy in known[half:]:
+                query = rounds.send(noisy)
+        except StopIteration as end:
+            self.same(self.learned, end.value)
+            return
+        raise _Broken("a replayed run asks more than the first one did")
+
+    def void_rounds_pass(self) -> None:
+        sums = [noisy for _, noisy in self.transcript]
+        for void in [*({0, len(sums) // 2, len(sums) - 1}), None]:
+            learned = self.replayed(sums, void={void} if void is not None else set(range(len(sums))))
+            self.sampled(learned, 20)
+
+    def global_state_is_untouched(self) -> None:
+        np.random.seed(1)  # noqa: NPY002  (what is watched is the global generator itself)
+        random.seed(1)
+        before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
+        learned = self.replayed([noisy for _, noisy in self.transcript])
+        self.sum_of(self.queries[0], self.shard)
+        after = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
+        if before != after:
+            raise _Broken("it draws from a global random generator; use the rng it is given")
+        self.same(self.learned, learned)
+
+    def samples_fit(self) -> None:
+        for num_records in (1, 257):
+            self.sampled(self.learned, num_records)
+        one = self.learned.sample(50, np.random.default_rng(3))
+        two = self.learned.sample(50, np.random.default_rng(3))
+        if not _equal(one.codes, two.codes) or not _equal(one.images, two.images):
+            raise _Broken("the same rng gives other samples")
+
+    def saving_is_exact(self) -> None:
+        settings = json.loads(json.dumps(self.learned.settings(), allow_nan=False))
+        tensors = {name: np.array(t) for name, t in self.learned.tensors().items()}
+        again = type(self.learned).restore(self.schema, settings, tensors)
+        first = self.learned.sample(50, np.random.default_rng(4))
+        second = again.sample(50, np.random.default_rng(4))
+        if not _equal(first.codes, second.codes) or not _equal(first.images, second.images):
+            raise _Broken("restored from settings() and tensors(), it samples something else")
+
+    @property
+    def transcript(self) -> list[tuple[Query, NoisySum]]:
+        """A whole run over the trial's shard."""
+        if self._transcript is None:
+            self._transcript = []
+            rounds, stream = self.rounds(), OsKeyStream()
+            try:
+                query = next(rounds)
+                while True:
+                    noisy = self.measured(query, stream)
+                    self._transcript.append((query, noisy))
+                    query = rounds.send(noisy)
+            except StopIteration as end:
+                self._learned = end.value
+        return self._transcript
+
+    @property
+    def learned(self) -> Synthesizer:
+        """What the whole run ended in."""
+        _ = self.transcript
+        if not isinstance(self._learned, Synthesizer):
+            raise _Broken(f"rounds() returned {type(self._learned).__name__}, not a Synthesizer")
+        return self._learned
+
+    @property
+    def queries(self) -> list[Query]:
+        """One query of each name: the last, whose inputs are furthest from their start."""
+        return list({query.name: query for query, _ in self.transcript}.values())
+
+    def rounds(self) -> Any:
+        """The strategy's generator, with the same public randomness each time."""
+        return self.strategy.rounds(self.schema, _NOISE, np.random.default_rng([5, 1]))
+
+    def measured(self, query: Query, stream: "KeyStream") -> NoisySum:
+        """A noised sum over the trial's shard."""
+        lattice, stddev = Lattice.of(query), query.noise_multiplier * query.clip
+        total = noised(self.sum_of(query, self.shard), stddev=stddev, lattice=lattice, stream=stream)
+        return real_sum(total, stddev=stddev, lattice=lattice, num_clients=1)
+
+    def sum_of(self, query: Query, shard: BoundedShard) -> NDArray[np.int64]:
+        """The clipped integer sum over a shard, as a client forms it."""
+        return block_sum(self.strategy, query, shard, seed=(5, 1))
+
+    def replayed(self, sums: list[NoisySum], void: set[int] | None = None) -> Synthesizer:
+        """What a fresh generator makes of recorded sums; those in `void` are withheld."""
+        rounds = self.rounds()
+        try:
+            query = next(rounds)
+            for number in range(len(sums)):
+                lost = number in (void or set())
+                query = rounds.send(NoisySum.void(query) if lost else sums[number])
+        except StopIteration as end:
+            learned: Synthesizer = end.value
+            return learned
+        raise _Broken("a replayed run asks more than the first one did")
+
+    def arbitrary_users(self) -> Iterator[tuple[str, BoundedShard]]:
+        """Users as they should never be, and as they may be."""
+        for count in (1, 2, 7, _MANY):
+            yield f"{count} random records", made_up(self.schema, [count], seed=count)
+        same = made_up(self.schema, [1], seed=9)
+        repeated = Records(
+            np.repeat(same.records.codes, 500, axis=0),
+            None if same.records.images is None else np.repeat(same.records.images, 500, axis=0),
+        )
+        yield "500 equal records", BoundedShard(repeated, np.zeros(500, np.int64), 1, 500)
+        for value in (-1, np.iinfo(np.int32).max, np.iinfo(np.int32).min):
+            wild = made_up(self.schema, [3], seed=3)
+            wild.records.codes[1] = value
+            yield f"a code of {value}", wild
+
+    def sampled(self, learned: Synthesizer, num_records: int) -> None:
+        """A sample must fit the schema."""
+        records = learned.sample(num_records, np.random.default_rng(num_records))
+        if records.codes.shape != (num_records, len(self.schema.columns)):
+            raise _Broken(f"asked for {num_records} records, it gives {records.codes.shape}")
+        if records.codes.dtype != np.int32:
+            raise _Broken(f"codes must be int32, not {records.codes.dtype}")
+        outside = (records.codes < 0) | (records.codes >= np.array(self.schema.shape))
+        if outside.any():
+            raise _Broken("it samples a code outside the schema")
+        if self.schema.image is not None:
+            want = (num_records, *self.schema.image.shape)
+            if records.images is None or records.images.shape != want:
+                raise _Broken(f"images must have shape {want}")
+            if records.images.dtype != np.uint8:
+                raise _Broken(f"images must be uint8, not {records.images.dtype}")
+
+    def same(self, first: Synthesizer, second: Synthesizer) -> None:
+        """Two synthesizers must be equal to the bit."""
+        one, two = first.tensors(), second.tensors()
+        if set(one) != set(two) or not all(_equal(one[name], two[name]) for name in one):
+            raise _Broken("the same sums and the same rng give another synthesizer")
+        if first.settings() != second.settings():
+            raise _Broken("the same sums and the same rng give other settings")
+
+
+def _equal(one: NDArray[Any] | None, two: NDArray[Any] | None) -> bool:
+    """Whether two arrays are equal to the bit, or both missing."""
+    if one is None or two is None:
+        return one is two
+    return one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes()

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clip, lattice and exact sum: bounds that no input breaks."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fedsynth.core.errors import ConfigError
+from fedsynth.core.mechanism import Lattice, clipped_sum, noised
+from fedsynth.core.query import Contribution, Query
+from fedsynth.core.randomness import OsKeyStream
+
+NASTY = [np.nan, np.inf, -np.inf, -0.0, 5e-324, 1e308, -1e308, 1e-300, 3.4e38, 1.0, -1.0, 0.0]
+
+
+def query(dim=4, clip=1.0, **more):
+    return Query("q", dim, clip, 1.0, **more)
+
+
+def norm(total, q):
+    return float(np.sqrt((total.astype(object) ** 2).sum())) * Lattice.of(q).unit
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float32, np.float64]),
+        st.tuples(st.just(1), st.integers(1, 20)),
+        elements=st.one_of(
+            st.sampled_from([0.0, 1.0, -1.0, 0.5, 1024.0]), st.floats(-100, 100, width=32)
+        ),
+    ),
+    st.floats(1e-3, 1e3),
+    st.lists(st.sampled_from(NASTY), max_size=4),
+)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_one_user_never_moves_the_sum_by_more_than_the_clip(row, clip, nasty):
+    for place, value in enumerate(nasty[: row.shape[1]]):
+        row[0, place] = value
+    q = query(row.shape[1], clip)
+
+    total = clipped_sum(Contribution.rows(row), q)
+
+    assert norm(total, q) <= clip
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_user_who_is_not_finite_counts_as_zeros_and_voids_nobody(value):
+    rows = np.array([[0.5, 0, 0, 0], [value, 0.1, 0, 0], [0, 0.25, 0, 0]])
+
+    total = clipped_sum(Contribution.rows(rows), query())
+
+    assert (total * Lattice.of(query()).unit).tolist() == [0.5, 0.25, 0, 0]
+
+
+def test_a_user_whose_norm_overflows_is_clipped_not_dropped():
+    rows = np.array([[1e308, 1e308, 0, 0]])
+
+    total = clipped_sum(Contribution.rows(rows), query()) * Lattice.of(query()).unit
+
+    assert total == pytest.approx([np.sqrt(0.5), np.sqrt(0.5), 0, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [np.ones((2, 5)), np.ones(4), np.ones((2, 4), dtype=object), np.ones((2, 4), dtype=complex)],
+)
+def test_a_misshapen_contribution_counts_as_zeros(rows):
+    assert not clipped_sum(Contribution.rows(rows), query()).any()
+
+
+def test_more_rows_than_users_count_as_zeros():
+    assert not clipped_sum(Contribution.rows(np.ones((3, 4))), query(), num_users=2).any()
+
+
+def test_small_vectors_pass_unchanged_to_the_lattice_step():
+    rows = np.array([[0.125, -0.25, 0.5, 0.0]], dtype=np.float32)
+
+    total = clipped_sum(Contribution.rows(rows), query())
+
+    assert (total * Lattice.of(query()).unit).tolist() == [0.125, -0.25, 0.5, 0.0]
+
+
+def test_a_sum_is_bit_equal_in_any_order_and_any_split():
+    rng = np.random.default_rng(3)
+    rows = rng.normal(size=(500, 37)).astype(np.float32)
+    q = query(37, 2.5)
+
+    whole = clipped_sum(Contribution.rows(rows), q)
+    shuffled = clipped_sum(Contribution.rows(rng.permutation(rows)), q)
+    parts = sum(clipped_sum(Contribution.rows(part), q) for part in np.array_split(rows, 17))
+
+    assert np.array_equal(whole, shuffled)
+    assert np.array_equal(whole, parts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_counted_cells_equal_dense_rows(data):
+    num_users = data.draw(st.integers(1, 12))
+    records = data.draw(st.lists(st.integers(1, 6), min_size=num_users, max_size=num_users))
+    users = np.repeat(np.arange(num_users), records)
+    dim = 9
+    cells = data.draw(
+        hnp.arrays(np.int64, (len(users), 3), elements=st.integers(0, dim - 1))
+    )
+    weights = np.array([1.0, 0.5, 2.0])
+    q = query(dim, data.draw(st.sampled_from([0.7, 1.0, 2.3, 10.0])), cells=True)
+    dense = np.zeros((num_users, dim))
+    np.add.at(dense, (users[:, None], cells), weights)
+
+    counted = clipped_sum(
+        Contribution.cells(cells, users, num_users=num_users, weights=weights), q
+    )
+
+    expected = clipped_sum(Contribution.rows(dense), q)
+    assert np.abs(counted - expected).max() <= 2 * num_users  # a rounding step a user at most
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    hnp.arrays(np.int64, (30, 2), elements=st.integers(-2, 12)),
+    st.floats(0.01, 50),
+    st.integers(1, 30),
+)
+def test_one_user_of_many_records_moves_counted_cells_by_at_most_the_clip(cells, clip, records):
+    q = query(10, clip, cells=True)
+    users = np.zeros(records, dtype=np.int64)
+
+    total = clipped_sum(Contribution.cells(cells[:records], users, num_users=1), q)
+
+    assert norm(total, q) <= clip
+
+
+def test_a_cell_out_of_range_voids_its_user_only():
+    cells = np.array([[0], [99], [1], [-1]])
+    q = query(4, 1.0, cells=True)
+
+    total = clipped_sum(Contribution.cells(cells, np.arange(4), num_users=4), q)
+
+    assert (total * Lattice.of(q).unit).tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "users", [np.array([1, 0]), np.array([0, 2]), np.array([-1, 0]), np.array([0])]
+)
+def test_user_indices_that_cannot_be_count_as_zeros(users):
+    q = query(4, 1.0, cells=True)
+
+    total = clipped_sum(Contribution.cells(np.array([[0], [1]]), users, num_users=2), q)
+
+    assert not total.any()
+
+
+def test_counts_of_single_record_users_are_exact():
+    q = query(300, np.sqrt(15), cells=True)
+    rng = np.random.default_rng(0)
+    cells = rng.integers(0, 20, size=(40_000, 15)) + 20 * np.arange(15)
+
+    total = clipped_sum(Contribution.cells(cells, np.arange(40_000), num_users=40_000), q)
+
+    assert (total * Lattice.of(q).unit).tolist() == np.bincount(cells.ravel(), minlength=300).tolist()
+
+
+def test_users_of_many_records_are_counted_across_slices():
+    rng = np.random.default_rng(0)
+    users = np.sort(rng.integers(0, 40, size=400_000))
+    cells = rng.integers(0, 7, size=(400_000, 1))
+    q = query(7, 1e9, cells=True)
+
+    total = clipped_sum(Contribution.cells(cells, users, num_users=40), q)
+
+    counts = np.bincount(cells.ravel(), minlength=7)
+    assert np.abs(total * Lattice.of(q).unit - counts).max() <= 40 * Lattice.of(q).unit
+
+
+@pytest.mark.parametrize("stddev", [0.0, -1.0, np.nan, np.inf, 1e300])
+def test_noise_that_cannot_be_is_refused(stddev):
+    with pytest.raises(ConfigError):
+        noised(
+            np.zeros(3, dtype=np.int64),
+            stddev=stddev,
+            lattice=Lattice.of(query()),
+            stream=OsKeyStream(),
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip": 0.0},
+        {"clip": -1.0},
+        {"clip": np.nan},
+        {"clip": np.inf},
+        {"dim": 0},
+        {"noise_multiplier": 0.0},
+        {"noise_multiplier": np.nan},
+        {"sampling_prob": 0.0},
+        {"sampling_prob": 1.01},
+    ],
+)
+def test_a_query_that_cannot_be_is_refused(change):
+    with pytest.raises(ConfigError):
+        Query(**{"name": "q", "dim": 3, "clip": 1.0, "noise_multiplier": 1.0} | change)
