@@ -273,11 +273,11 @@ class _Taker:
 
 def _array(values: NDArray[Any], kind: Any) -> Any:
     """A Flower array in the plain little-endian layout that `_decode` reads."""
-    flat = np.ascontiguousarray(values)
-    if flat.dtype.name not in _DTYPES:
-        raise WireError(f"an array of dtype {flat.dtype.name} does not travel")
+    if values.dtype.name not in _DTYPES:
+        raise WireError(f"an array of dtype {values.dtype.name} does not travel")
+    data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
     return kind(
-        dtype=flat.dtype.name, shape=tuple(flat.shape), stype="fedsynth.raw", data=flat.tobytes()
+        dtype=values.dtype.name, shape=tuple(values.shape), stype="fedsynth.raw", data=data
     )
 
 

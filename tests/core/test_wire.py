@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What travels survives the trip, and whatever else arrives is refused in one way."""
+
+import random
+import tracemalloc
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedsynth.core.errors import ClientCode
+from fedsynth.core.privacy import NoisePlacement
+from fedsynth.core.query import Query
+from fedsynth.core.wire import (
+    Ask,
+    Reply,
+    WireError,
+    ask_from_records,
+    ask_to_records,
+    reply_from_records,
+    reply_to_records,
+)
+
+DIM = 6
+
+
+def ask(**change):
+    query = Query(
+        "votes",
+        DIM,
+        2.5,
+        3.25,
+        sampling_prob=0.25,
+        inputs={"w": np.arange(6, dtype=np.float32).reshape(2, 3), "c": np.array([1, 2], np.int32)},
+        cells=True,
+    )
+    facts = {
+        "run": "20260101-mst-ab",
+        "population": "people",
+        "round": 3,
+        "attempt": 1,
+        "strategy": "mst",
+        "settings": "{}",
+        "schema_digest": "ab" * 32,
+        "unit": "{}",
+        "placement": NoisePlacement.LOCAL,
+        "num_shares": 4,
+        "plan": "[]",
+        "delta": 1e-6,
+        "public_seed": 7,
+        "head": (12, "cd" * 32),
+        "query": query,
+    }
+    return Ask(**facts | change)
+
+
+def test_a_request_survives_the_trip():
+    sent = ask()
+
+    got = ask_from_records(ask_to_records(sent))
+
+    assert (got.run, got.round, got.head, got.placement) == (
+        sent.run,
+        sent.round,
+        sent.head,
+        sent.placement,
+    )
+    assert got.query.inputs["w"].tolist() == sent.query.inputs["w"].tolist()
+    assert got.query.inputs["c"].dtype == np.int32
+    assert (got.query.clip, got.query.cells) == (2.5, True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int8", "int64", "uint8", "uint32"])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3, 4)])
+def test_arrays_of_any_shape_survive_the_trip(dtype, shape):
+    values = np.arange(np.prod(shape, dtype=int)).astype(dtype).reshape(shape)
+    query = Query("q", 1, 1.0, 1.0, inputs={"x": values})
+
+    got = ask_from_records(ask_to_records(ask(query=query))).query.inputs["x"]
+
+    assert got.dtype == values.dtype
+    assert got.shape == shape
+    assert np.array_equal(got, values)
+
+
+def test_a_reply_survives_the_trip():
+    total = np.array([1, -(2**40), 0, 5, 6, 2**62])
+
+    got = reply_from_records(reply_to_records(Reply("r", 1, 2, ClientCode.OK, total)), dim=DIM)
+
+    assert got.total.tolist() == total.tolist()
+    assert (got.run, got.round, got.attempt, got.code) == ("r", 1, 2, ClientCode.OK)
+
+
+@pytest.mark.parametrize("code", [c for c in ClientCode if c is not ClientCode.OK])
+def test_a_refusal_carries_its_code_and_no_array(code):
+    records = reply_to_records(Reply("r", 1, 1, code))
+
+    assert reply_from_records(records, dim=DIM).code is code
+    assert len(records["arrays"]) == 0
+
+
+def test_a_python_object_never_travels():
+    with pytest.raises(WireError):
+        ask_to_records(
+            ask(query=Query("q", 1, 1.0, 1.0, inputs={"x": np.array([{}], dtype=object)}))
+        )
+
+
+def raw(data=b"\0" * 8 * DIM, dtype="int64", shape=(DIM,), stype="fedsynth.raw"):
+    return Array(dtype=dtype, shape=shape, stype=stype, data=data)
+
+
+def reply_records(array=None, extra=None, **config):
+    facts = {"protocol": 1, "run": "r", "round": 1, "attempt": 1, "code": 0} | config
+    arrays = {"total": array or raw()} | (extra or {})
+    return RecordDict({"reply": ConfigRecord(facts), "arrays": ArrayRecord(arrays)})
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        reply_records(raw(shape=(DIM + 1,))),
+        reply_records(raw(shape=(10**15,))),
+        reply_records(raw(shape=(2, 3))),
+        reply_records(raw(shape=(-1,))),
+        reply_records(raw(data=b"")),
+        reply_records(raw(data=b"\0" * 8 * (DIM + 1), shape=(DIM + 1,))),
+        reply_records(raw(dtype="float64")),
+        reply_records(raw(dtype="object")),
+        reply_records(raw(stype="numpy.ndarray")),
+        reply_records(extra={"more": raw()}),
+        reply_records(code=99),
+        reply_records(code=3),
+        reply_records(code=0.0),
+        reply_records(run="../../etc/passwd"),
+        reply_records(run=5),
+        reply_records(round=-1),
+        reply_records(num_examples=1000),
+        reply_records(protocol=2),
+        RecordDict({}),
+        RecordDict({"reply": MetricRecord({"code": 0}), "arrays": ArrayRecord({"total": raw()})}),
+        RecordDict(
+            dict(reply_records().items()) | {"metrics": MetricRecord({"loss": 0.5})}
+        ),
+    ],
+)
+def test_a_reply_in_any_other_form_is_refused(records):
+    with pytest.raises(WireError):
+        reply_from_records(records, dim=DIM)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"protocol": 2},
+        {"clip": 0.0},
+        {"clip": float("nan")},
+        {"noise-multiplier": 0.0},
+        {"noise-multiplier": -1.0},
+        {"sampling-prob": 2.0},
+        {"dim": 0},
+        {"dim": 1 << 60},
+        {"dim": True},
+        {"placement": "none"},
+        {"run": "a/b"},
+        {"round": 0},
+        {"delta": float("inf")},
+        {"extra": 1},
+        {"settings": "x" * (1 << 21)},
+    ],
+)
+def test_a_request_out_of_range_is_refused(change):
+    records = ask_to_records(ask())
+    records["ask"] = ConfigRecord(dict(records["ask"]) | change)
+
+    with pytest.raises(WireError):
+        ask_from_records(records)
+
+
+@pytest.mark.parametrize("key", sorted(ask_to_records(ask())["ask"]))
+def test_a_request_without_any_one_key_is_refused(key):
+    records = ask_to_records(ask())
+    records["ask"] = ConfigRecord({k: v for k, v in records["ask"].items() if k != key})
+
+    with pytest.raises(WireError):
+        ask_from_records(records)
+
+
+def mutated(rng):
+    """A reply with one to three things changed, and whether it may still be accepted."""
+    config = {"protocol": 1, "run": "r", "round": 1, "attempt": 1, "code": 0}
+    fields = {"dtype": "int64", "shape": (DIM,), "stype": "fedsynth.raw", "data": b"\0" * 8 * DIM}
+    odd = [0, -1, 1, 2**70, 1.5, float("nan"), "", "x" * 300, b"", True, "nan", [1, 2], [2.5]]
+    for _ in range(rng.randint(1, 3)):
+        match rng.randrange(5):
+            case 0:
+                config[rng.choice([*config, "loss", "num-examples"])] = rng.choice(
+                    [v for v in odd if not (isinstance(v, int) and abs(v) > 2**62)]
+                )
+            case 1:
+                config.pop(rng.choice(list(config)), None)
+            case 2:
+                fields["shape"] = tuple(
+                    rng.choice([0, 1, DIM, DIM + 1, 2**31, -1]) for _ in range(rng.randint(0, 3))
+                )
+            case 3:
+                fields["dtype"] = rng.choice(["int32", "float64", "object", "|S8", "", ">i8"])
+            case 4:
+                fields["data"] = bytes(rng.randrange(0, 200))
+    return RecordDict(
+        {"reply": ConfigRecord(config), "arrays": ArrayRecord({"total": Array(**fields)})}
+    )
+
+
+def test_ten_thousand_mutated_replies_neither_crash_nor_grow():
+    rng = random.Random(5)
+    accepted = 0
+    tracemalloc.start()
+
+    for _ in range(10_000):
+        records = mutated(rng)
+        try:
+            reply = reply_from_records(records, dim=DIM)
+        except WireError:
+            continue
+        accepted += 1
+        assert reply.code is not ClientCode.OK or reply.total.shape == (DIM,)
+
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert accepted < 2000
+    assert grown < 50 << 20
