@@ -8,11 +8,12 @@
     ├── DataError                     3   private or public input that cannot be used
     │   ├── SchemaError               3   the schema itself, or data that does not fit it
     │   └── ShardError                3   a shard that cannot be read or bounded
-    ├── PrivacyRefusal                4   what was asked is not covered by a privacy promise
+    ├── PrivacyRefusal                4   what was asked is not covered by a promise
     │   ├── BudgetExceeded            4   ... because the budget does not hold it
     │   └── PolicyRefusal             4   ... because a data owner's policy forbids it
     ├── SecurityRefusal               5   a signature, hash, chain or peer that is not what it claims
     ├── QuorumError                   6   too few clients, or none reachable
+    │   └── AnswersLost               6   ... for good: clients' answers went down with a crash
     └── Interrupted                   7   stopped by a person; resumable
 
 A message says what was expected, what came, and what to do. It never shows a record and never
@@ -72,6 +73,10 @@ class QuorumError(FedsynthError):
     """Too few clients answered, so no sum was formed."""
 
     exit_code = 6
+
+
+class AnswersLost(QuorumError):
+    """Clients drew the noise of a round and lost it in a crash, so the round can never be had."""
 
 
 class Interrupted(FedsynthError):

@@ -9,15 +9,15 @@ protect nobody singly, is refused unless the grid itself adds clients up in one 
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..core.aggregator import Aggregator
-from ..core.errors import ClientCode, ConfigError, QuorumError
+from ..core.errors import AnswersLost, ClientCode, ConfigError, QuorumError
 from ..core.failpoints import at
 from ..core.privacy import NoisePlacement
 from ..core.wire import (
@@ -104,6 +104,7 @@ class Federation:
 
         Raises:
           QuorumError: Fewer than `quorum` clients gave a valid sum; none of them was used.
+          AnswersLost: So many lost theirs for good that asking again is in vain.
         """
         from flwr.app import Message
 
@@ -121,7 +122,9 @@ class Federation:
         sums, codes = _accepted(replies, ask, set(nodes))
         at("after-collect")
         if len(sums) < self.quorum:
-            raise QuorumError(_explained(ask, len(sums), self.quorum, len(nodes), codes))
+            gone = codes[_described(ClientCode.ANSWER_GONE)]
+            kind = AnswersLost if len(nodes) - gone < self.quorum else QuorumError
+            raise kind(_explained(ask, len(sums), self.quorum, len(nodes), codes))
         at("before-sum")
         total = self.aggregator.combine([sums[node] for node in sorted(sums)])
         if total.shape != (ask.query.dim,) or total.dtype != np.int64:
@@ -169,12 +172,17 @@ def _accepted(
             codes[f"a malformed reply: {error}"] += 1
             continue
         if reply.code is not ClientCode.OK or reply.total is None:
-            codes[f"{reply.code.name}: {ADVICE.get(reply.code, '')}"] += 1
+            codes[_described(reply.code)] += 1
         elif (reply.run, reply.round, reply.attempt) != (ask.run, ask.round, ask.attempt):
             codes["a reply to another round"] += 1
         else:
             sums[node] = reply.total
     return sums, codes
+
+
+def _described(code: ClientCode) -> str:
+    """A client's code, and what to do about it."""
+    return f"{code.name}: {ADVICE.get(code, '')}"
 
 
 def _explained(ask: Ask, valid: int, quorum: int, asked: int, codes: Counter[str]) -> str:

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..core.errors import QuorumError
-from ..core.failpoints import at
+from ..core.errors import AnswersLost, QuorumError, SecurityRefusal
 from ..core.mechanism import Lattice, noised
 from ..core.privacy import NoisePlacement
 from ..core.query import NoisySum, Query, Rounds
@@ -15,7 +14,7 @@ from ..core.randomness import KeyStream
 from ..core.synthesizer import Synthesizer
 from ..core.wire import Ask
 from .federation import Federation
-from .ledger import Ledger
+from .ledger import Ledger, RoundState, VoidReason
 
 _log = logging.getLogger(__name__)
 
@@ -66,8 +65,9 @@ def learn(
             synthesizer: Synthesizer = end.value
             return synthesizer
         number += 1
+        sensitivity = _sensitivity(query, draft.placement, federation, max_clients)
         state = ledger.state(draft.run, number)
-        replayed = state is not None and state.stage in ("sealed", "released", "void")
+        _check_same_question(query, number, state)
         if state is None:
             ledger.reserve(
                 draft.run,
@@ -76,16 +76,41 @@ def learn(
                 query=query.name,
                 noise_multiplier=query.noise_multiplier,
                 sampling_prob=query.sampling_prob,
+                sensitivity=sensitivity,
             )
         if state is not None and state.stage == "drawing":
             # noise may have been drawn and lost with a crash: charged, and never drawn again
-            ledger.void(draft.run, number, state.attempt, "lost-in-crash")
-        elif not replayed:
+            ledger.void(draft.run, number, state.attempt, VoidReason.LOST_IN_CRASH)
+        elif state is None or state.stage == "reserved":
             attempt = 1 if state is None else state.attempt
             ask = replace(draft, round=number, attempt=attempt, query=query, head=ledger.head())
-            _measure(ask, max_clients, ledger, federation, stream, attempts)
+            try:
+                _measure(ask, sensitivity, ledger, federation, stream, attempts)
+            except AnswersLost as error:
+                _log.warning("%s\nround %d is void: charged, and gone on without", error, number)
+                ledger.void(draft.run, number, attempt, VoidReason.NO_QUORUM)
         noisy = noisy_sum(ledger, draft.run, number, query)
-        on_round(Measured(number, query, noisy, replayed))
+        on_round(Measured(number, query, noisy, replayed=state is not None))
+
+
+def _sensitivity(
+    query: Query, placement: NoisePlacement, federation: Federation, max_clients: int
+) -> float:
+    """L2 change of the noised vector that one user can cause, in the vectors' own unit."""
+    if placement is NoisePlacement.CENTRAL:
+        return max_clients * federation.aggregator.sensitivity(query, Lattice.of(query))
+    return max_clients * query.clip  # noise is added before sums are combined
+
+
+def _check_same_question(query: Query, number: int, state: RoundState | None) -> None:
+    """A resumed strategy must ask what was reserved, or its replay is not the run it was."""
+    asked = (query.name, query.noise_multiplier, query.sampling_prob)
+    if state is not None and asked != (state.query, state.noise_multiplier, state.sampling_prob):
+        raise SecurityRefusal(
+            f"round {number} was reserved for query {state.query!r}, but the resumed strategy asks"
+            f" {query.name!r} or with another noise; nothing was asked. Resume with the versions"
+            " that the run was begun with"
+        )
 
 
 def noisy_sum(ledger: Ledger, run: str, number: int, query: Query) -> NoisySum:
@@ -101,7 +126,7 @@ def noisy_sum(ledger: Ledger, run: str, number: int, query: Query) -> NoisySum:
 
 def _measure(
     ask: Ask,
-    max_clients: int,
+    sensitivity: float,
     ledger: Ledger,
     federation: Federation,
     stream: KeyStream,
@@ -113,17 +138,15 @@ def _measure(
         try:
             collected = federation.ask(ask)
             break
+        except AnswersLost:
+            raise
         except QuorumError as error:
             if not left:
                 raise
             _log.warning("%s\nasking again, %d more times", error, left)
-    stddev = query.noise_multiplier * query.clip * max_clients
-    total = collected.total
+    stddev, total = query.noise_multiplier * sensitivity, collected.total
     match ask.placement:
         case NoisePlacement.CENTRAL:
-            stddev = query.noise_multiplier * max_clients * federation.aggregator.sensitivity(
-                query, lattice
-            )
             ledger.draw(ask.run, ask.round, ask.attempt)
             total = noised(total, stddev=stddev, lattice=lattice, stream=stream)
         case NoisePlacement.LOCAL:  # every client's noise is in the sum
@@ -139,4 +162,3 @@ def _measure(
         stddev=stddev,
         num_clients=collected.num_clients,
     )
-    at("after-measure")
