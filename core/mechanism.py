@@ -91,7 +91,7 @@ def real_sum(
     total: NDArray[np.int64], *, stddev: float, lattice: Lattice, num_clients: int
 ) -> NoisySum:
     """A noised integer sum in the vectors' own unit."""
-    return NoisySum(total * lattice.unit, stddev, num_clients)
+    return NoisySum(total.astype(np.float64) * lattice.unit, stddev, num_clients)
 
 
 def _dense_sum(rows: NDArray[Any], num_users: int, query: Query) -> NDArray[np.int64]:
@@ -150,7 +150,7 @@ def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
         or users.shape != (len(cells),)
         or weights.shape != (cells.shape[1],)
         or not np.isfinite(weights).all()
-        or (len(users) and not (0 <= users[0] and users[-1] < contribution.num_users))
+        or (len(users) and not (users[0] >= 0 and users[-1] < contribution.num_users))
         or (np.diff(users) < 0).any()
     ):
         return total
@@ -209,9 +209,8 @@ def _add_cells(
         return
     _, local = np.unique(users, return_inverse=True)
     keys, inverse = np.unique(local[:, None] * dim + cells, return_inverse=True)
-    values = np.bincount(
-        inverse.ravel(), weights=np.broadcast_to(heights, cells.shape).ravel(), minlength=len(keys)
-    )
+    lit = np.broadcast_to(heights, cells.shape).ravel()
+    values = np.bincount(inverse.ravel(), weights=lit, minlength=len(keys)).astype(np.float64)
     owner, cell = keys // dim, keys % dim
     steps = _clipped_values(values, owner, lattice)
     np.add.at(total, cell, steps.astype(np.int64))
@@ -227,9 +226,7 @@ def _clipped_values(
     steps = np.rint(values * scale[owner])
     beyond = ~(np.bincount(owner, weights=steps * steps) <= lattice.bound**2)
     if beyond.any():
-        steps = np.where(
-            beyond[owner], np.trunc(values * scale[owner] * _SHRINK), steps
-        )
+        steps = np.where(beyond[owner], np.trunc(values * scale[owner] * _SHRINK), steps)
         still = ~(np.bincount(owner, weights=steps * steps) <= lattice.bound**2)
         steps = np.where(still[owner], 0.0, steps)
     return steps

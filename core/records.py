@@ -71,7 +71,8 @@ class BoundedShard:
             keys = _mixed(keys, pixels @ weights)
         total = np.zeros(self.num_users, dtype=np.uint64)
         np.add.at(total, self.user_index, keys)
-        return _mixed(total, 2)
+        mixed: NDArray[np.uint64] = _mixed(total, 2)
+        return mixed
 
     def blocks(self, num_users: int) -> Iterator["BoundedShard"]:
         """The shard in runs of at most `num_users` users; at least one block, even when empty."""

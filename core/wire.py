@@ -177,7 +177,7 @@ def reply_to_records(reply: Reply) -> "RecordDict":
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
     arrays = {} if reply.total is None else {"total": _array(reply.total, Array)}
-    config = {
+    config: dict[str, Any] = {
         "protocol": PROTOCOL,
         "run": reply.run,
         "round": reply.round,
@@ -276,9 +276,7 @@ def _array(values: NDArray[Any], kind: Any) -> Any:
     if values.dtype.name not in _DTYPES:
         raise WireError(f"an array of dtype {values.dtype.name} does not travel")
     data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
-    return kind(
-        dtype=values.dtype.name, shape=tuple(values.shape), stype="fedsynth.raw", data=data
-    )
+    return kind(dtype=values.dtype.name, shape=tuple(values.shape), stype="fedsynth.raw", data=data)
 
 
 def _decode(array: Any, dtypes: set[str], *, max_bytes: int) -> NDArray[Any]:
@@ -300,4 +298,7 @@ def _inputs(record: Any) -> dict[str, NDArray[Any]]:
     """The arrays that come with a query."""
     if not isinstance(record, Mapping) or len(record) > 1000:
         raise WireError("a message whose inputs are of another kind")
-    return {str(key): _decode(value, _DTYPES, max_bytes=MAX_INPUT_BYTES) for key, value in record.items()}
+    return {
+        str(key): _decode(value, _DTYPES, max_bytes=MAX_INPUT_BYTES)
+        for key, value in record.items()
+    }

@@ -16,11 +16,10 @@ from ..core import accounting
 from ..core.config import RunConfig, parse_config
 from ..core.errors import ConfigError, Interrupted
 from ..core.failpoints import at
-from ..core.query import Strategy
+from ..core.query import Query, Strategy
 from ..core.randomness import KeyStream
 from ..core.schema import Schema
 from ..core.wire import Ask, canonical
-from ..core.query import Query
 from ..strategies.aggregators import build_aggregator
 from ..strategies.registry import build_strategy, settings_of
 from .federation import Federation
@@ -239,7 +238,7 @@ def conduct(
                 f" nothing is lost. Resume: fedsynth run --resume {folder}"
             ) from stop
         at("before-export")
-        release = write_release(
+        release: Path = write_release(
             plan, synthesizer, ledger=ledger, noise_is_secret=stream.is_secret
         )
         at("after-export")

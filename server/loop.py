@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..core.errors import AnswersLost, QuorumError, SecurityRefusal
 from ..core.mechanism import Lattice, noised
 from ..core.privacy import NoisePlacement
@@ -121,7 +123,9 @@ def noisy_sum(ledger: Ledger, run: str, number: int, query: Query) -> NoisySum:
     state = ledger.state(run, number)
     if state is not None and state.stage == "sealed":
         ledger.release(run, number, state.attempt)
-    return NoisySum(sealed.total * sealed.unit, sealed.stddev, sealed.num_clients)
+    return NoisySum(
+        sealed.total.astype(np.float64) * sealed.unit, sealed.stddev, sealed.num_clients
+    )
 
 
 def _measure(

@@ -44,7 +44,7 @@ def build_strategy(name: str, settings: Mapping[str, Any]) -> Strategy:
     Raises:
       ConfigError: No such strategy, an unknown key, or a value of the wrong type or range.
     """
-    kind = find("strategy", name, STRATEGIES, "fedsynth.strategies", Strategy)
+    kind = find("strategy", name, STRATEGIES, "fedsynth.strategies", Strategy)  # type: ignore[type-abstract]
     return build(kind, settings, f"strategy {name!r}")
 
 
@@ -60,12 +60,11 @@ def synthesizer_class(kind: str) -> type[Synthesizer]:
     """
     if ":" in kind:
         raise ConfigError(f"synthesizer kind {kind!r} must be installed as an entry point")
-    return find("synthesizer", kind, SYNTHESIZERS, "fedsynth.synthesizers", Synthesizer)
+    group = "fedsynth.synthesizers"
+    return find("synthesizer", kind, SYNTHESIZERS, group, Synthesizer)  # type: ignore[type-abstract]
 
 
-def find(
-    what: str, name: str, builtin: Mapping[str, str], group: str, base: type[T]
-) -> type[T]:
+def find(what: str, name: str, builtin: Mapping[str, str], group: str, base: type[T]) -> type[T]:
     """A class by its built-in name, its entry point's name, or `module:Name`."""
     if name in builtin:
         module, attribute = builtin[name].split(":")
