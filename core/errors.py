@@ -11,7 +11,7 @@
     ├── PrivacyRefusal                4   what was asked is not covered by a promise
     │   ├── BudgetExceeded            4   ... because the budget does not hold it
     │   └── PolicyRefusal             4   ... because a data owner's policy forbids it
-    ├── SecurityRefusal               5   a signature, hash, chain or peer that is not what it claims
+    ├── SecurityRefusal               5   a hash, chain or peer that is not what it claims
     ├── QuorumError                   6   too few clients, or none reachable
     │   └── AnswersLost               6   ... for good: clients' answers went down with a crash
     └── Interrupted                   7   stopped by a person; resumable
