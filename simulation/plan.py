@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say what a run will cost and what to expect of it, before anything is read or spent."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from ..core import accounting
+from ..core.config import RunConfig
+from ..core.errors import BudgetExceeded
+from ..core.privacy import NoisePlacement
+from ..core.query import NoisySum, Query
+from ..server.conduct import Plan, plan_of
+
+_DRY_RUN_S = 5.0  # a method's public half is driven this long at most; later rounds are assumed
+_BASE_BYTES = 250 << 20  # of a process that has imported what a run needs
+_BLOCK_BYTES = 1 << 26  # dense rows a client holds at a time
+_CHECKPOINTS = 10
+
+TRUST = {
+    NoisePlacement.CENTRAL: "central noise: clients clip, and trust the server to add the noise",
+    NoisePlacement.LOCAL: "local noise: each client adds all of it, and trusts nobody",
+    NoisePlacement.DISTRIBUTED: "distributed noise: each client adds a share, seen only in the sum",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Equal sums that follow each other in a run.
+
+    Attributes:
+      query: Name of the question.
+      num_rounds: How often it is asked in a row.
+      dim: Length of the sum.
+      noise_multiplier: Noise of each sum / its sensitivity.
+      sampling_prob: Probability with which each user answers.
+      stddev: Noise of each sum, in its own unit.
+      epsilon_after: Of this run, when the last of them is done.
+      bytes_down: Arrays sent to each client in each round.
+      bytes_up: Array that each client sends back in each round.
+      expect: What to expect of the signal beside the noise, in words.
+    """
+
+    query: str
+    num_rounds: int
+    dim: int
+    noise_multiplier: float
+    sampling_prob: float
+    stddev: float
+    epsilon_after: float
+    bytes_down: int
+    bytes_up: int
+    expect: str
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """All that can be said of a run beforehand, from public facts and the ledger alone.
+
+    Attributes:
+      population: Whose budget pays.
+      unit: Whom the promise protects, in words.
+      relation: Neighboring relation.
+      strategy: The method.
+      placement: Where noise is added.
+      epsilon: What the run will cost at `delta`; at most its budget.
+      delta: At which the run is priced.
+      accountant: What gave `epsilon`.
+      noise_multiplier: The method's one noise dial, calibrated to the budget.
+      largest_odds: The most that a belief of one half in a user's presence can rise to.
+      spent: Epsilon already spent on the population, at the cap's delta.
+      spent_after: The same once this run is done.
+      cap: The most that may ever be spent on the population.
+      steps: What will be asked.
+      by_round: Epsilon of the run after some of its rounds, as (round, epsilon).
+      memory_bytes: A rough estimate for this process (local engine) or for each client.
+      per_client: Whether `memory_bytes` is for each client.
+      engine: What carries the messages.
+      num_clients: Clients that are asked.
+    """
+
+    population: str
+    unit: str
+    relation: str
+    strategy: str
+    placement: NoisePlacement
+    epsilon: float
+    delta: float
+    accountant: str
+    noise_multiplier: float
+    largest_odds: float
+    spent: float
+    spent_after: float
+    cap: float
+    steps: tuple[Step, ...]
+    by_round: tuple[tuple[int, float], ...]
+    memory_bytes: int
+    per_client: bool
+    engine: str
+    num_clients: int
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the run."""
+        return sum(step.num_rounds for step in self.steps)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the population's budget holds the run."""
+        return self.spent_after <= self.cap * (1 + 1e-9)
+
+    def check(self) -> None:
+        """Refuse a run that the population's budget does not hold.
+
+        Raises:
+          BudgetExceeded: It does not.
+        """
+        if not self.fits:
+            raise BudgetExceeded(
+                f"this run would bring population {self.population!r} to epsilon"
+                f" {self.spent_after:.3f}, above its budget of {self.cap:.3f}. Nothing was asked;"
+                f" {max(0.0, self.cap - self.spent):.3f} is left at most: lower budget.epsilon, or"
+                " raise population.epsilon if the people it belongs to agree"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for other programs."""
+        return asdict(self) | {
+            "num_rounds": self.num_rounds,
+            "fits": self.fits,
+            "left_after": max(0.0, self.cap - self.spent_after),
+        }
+
+
+def outlook(config: RunConfig) -> Outlook:
+    """What a run will cost, and what to expect of it.
+
+    Reads the schema and the ledger; neither the records nor any client. The method's public half
+    is driven with void sums, to learn the size of each question.
+
+    Raises:
+      ConfigError: A setting, the method or the budget cannot be.
+      SchemaError: The schema cannot be read.
+    """
+    plan = plan_of(config)
+    budget = config.run_budget
+    unit = config.privacy_unit
+    price = accounting.price(plan.event, budget.delta)
+    questions = _questions(plan)
+    queries = [question.query for question in questions]
+    spent, spent_after = _spent(plan)
+    per_client = config.engine.kind in ("superlink", "loopback")
+    return Outlook(
+        population=config.population.name,
+        unit="each record" if unit.column is None else f"each user of {unit.column}",
+        relation=unit.relation.value,
+        strategy=config.strategy.name,
+        placement=config.noise.placement,
+        epsilon=price.epsilon,
+        delta=budget.delta,
+        accountant=price.accountant,
+        noise_multiplier=plan.noise_multiplier,
+        largest_odds=accounting.largest_odds(price.epsilon),
+        spent=spent,
+        spent_after=spent_after,
+        cap=config.population.cap.epsilon,
+        steps=tuple(_steps(plan, questions)),
+        by_round=tuple(_by_round(plan, queries)),
+        memory_bytes=_memory(plan, queries, 1 if not per_client else config.engine.clients),
+        per_client=per_client,
+        engine=config.engine.kind,
+        num_clients=config.engine.clients,
+    )
+
+
+def lines_of(seen: Outlook) -> list[tuple[str, str]]:
+    """An outlook as labelled lines for a person."""
+    what = "all their records" if seen.unit != "each record" else "it"
+    change = f"adding or removing {what}" if seen.relation == "add-or-remove" else "zeroing it out"
+    after = f"{seen.spent_after:.2f} after this run" if seen.fits else "which this run would pass"
+    lines = [
+        (
+            "Promise",
+            f"(epsilon {seen.epsilon:.4g}, delta {seen.delta:g}) for {seen.unit}, {change}",
+        ),
+        ("Trust", TRUST[seen.placement]),
+        ("Spent", f"{seen.spent:.2f} of {seen.cap:.2f} on {seen.population}; {after}"),
+    ]
+    for index, step in enumerate(seen.steps):
+        rounds = "1 round of" if step.num_rounds == 1 else f"{step.num_rounds} rounds of"
+        sampled = (
+            f", each user joins with probability {step.sampling_prob:g}"
+            if step.sampling_prob < 1
+            else ""
+        )
+        lines.append(
+            (
+                "" if index else "Costs",
+                f"{rounds} {step.query}: epsilon {step.epsilon_after:.2f} when done,"
+                f" noise multiplier {step.noise_multiplier:.3g}{sampled}",
+            )
+        )
+    if len(seen.by_round) > 1:
+        rounds = ", ".join(f"{epsilon:.2f} ({number})" for number, epsilon in seen.by_round)
+        lines.append(("", f"epsilon after a round: {rounds}"))
+    lines.append(
+        (
+            "In words",
+            "someone who thinks it 50 % likely that a"
+            f" {'record' if seen.unit == 'each record' else 'user'} is in the data could at the"
+            f" very worst move to {worst_odds(seen.largest_odds)}",
+        )
+    )
+    for index, step in enumerate(seen.steps):
+        lines.append(("" if index else "Expect", f"{step.query}: {step.expect}"))
+    down = max(step.bytes_down for step in seen.steps)
+    up = max(step.bytes_up for step in seen.steps)
+    lines.append(
+        (
+            "Load",
+            f"at most {_size(down)} down and {_size(up)} up for each of {seen.num_clients} clients"
+            f" in each of {seen.num_rounds} rounds; about {_size(seen.memory_bytes)} of memory"
+            f" {'at each client' if seen.per_client else 'in this process'}",
+        )
+    )
+    return lines
+
+
+def worst_odds(odds: float) -> str:
+    """A probability in words, rounded up so that it never promises too much."""
+    return f"{math.ceil(odds * 1000 - 1e-9) / 10:g} %"
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A query without its arrays, and how large those were."""
+
+    query: Query
+    num_bytes: int
+
+
+def _questions(plan: Plan) -> list[_Question]:
+    """The questions of a run, as its public half asks them when every round is void.
+
+    Past the time limit, rounds are taken to be like the last one seen but for their cost.
+    """
+    num_rounds = sum(accounting.leaves(plan.event).values())
+    rounds = plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng)
+    deadline = time.monotonic() + _DRY_RUN_S
+    questions: list[_Question] = []
+    left = Counter(accounting.leaves(plan.event))
+    try:
+        query = next(rounds)
+        while True:
+            num_bytes = sum(array.nbytes for array in query.inputs.values())
+            questions.append(_Question(replace(query, inputs={}), num_bytes))
+            left[(query.noise_multiplier, query.sampling_prob)] -= 1
+            if len(questions) == num_rounds or time.monotonic() > deadline:
+                break
+            query = rounds.send(NoisySum.void(query))
+    except StopIteration:
+        return questions
+    rounds.close()
+    last = questions[-1]
+    for (noise, prob), count in sorted(left.items()):
+        unseen = replace(last.query, noise_multiplier=noise, sampling_prob=prob)
+        questions += [replace(last, query=unseen)] * max(0, count)
+    return questions
+
+
+def _steps(plan: Plan, questions: list[_Question]) -> Iterator[Step]:
+    """Rounds that are alike and follow each other, taken together."""
+    leaves: Counter[tuple[float, float]] = Counter()
+
+    def alike(question: _Question) -> tuple[Any, ...]:
+        query = question.query
+        return (query.name, query.dim, query.clip, query.noise_multiplier, query.sampling_prob)
+
+    max_clients = plan.config.unit.max_clients
+    for _, group in groupby(questions, key=alike):
+        same = list(group)
+        query = same[0].query
+        leaves[(query.noise_multiplier, query.sampling_prob)] += len(same)
+        yield Step(
+            query=query.name,
+            num_rounds=len(same),
+            dim=query.dim,
+            noise_multiplier=query.noise_multiplier,
+            sampling_prob=query.sampling_prob,
+            stddev=_stddev(plan, query, max_clients),
+            epsilon_after=accounting.epsilon_of(
+                accounting.event_of(leaves), plan.config.run_budget.delta
+            ),
+            bytes_down=max(question.num_bytes for question in same),
+            bytes_up=8 * query.dim,
+            expect=_expected(plan, query, _stddev(plan, query, max_clients)),
+        )
+
+
+def _stddev(plan: Plan, query: Query, max_clients: int) -> float:
+    """Noise of a sum in which every client has its part."""
+    local = plan.config.noise.placement is NoisePlacement.LOCAL
+    over = math.sqrt(plan.config.engine.clients) if local else 1.0
+    return query.noise_multiplier * query.clip * max_clients * over
+
+
+def _expected(plan: Plan, query: Query, stddev: float) -> str:
+    """Signal beside noise, from the declared number of users alone."""
+    users = plan.config.population.num_users * query.sampling_prob
+    norm = getattr(plan.strategy, "max_norm", None)
+    if query.cells and isinstance(norm, float) and norm > 0:
+        lit = max(1, round((query.clip / norm) ** 2))  # cells that a user of one record lights
+        count = users * lit * min(1.0, norm) / query.dim
+        return (
+            f"a cell holds about {count:,.3g} users if they are spread evenly,"
+            f" noise ± {stddev:,.3g}: {_verdict(count / stddev)}"
+        )
+    ratio = users * query.clip / (stddev * math.sqrt(query.dim))
+    return (
+        f"signal at most {ratio:,.3g} times the noise, if all users agreed: {_verdict(ratio / 3)}"
+    )
+
+
+def _verdict(ratio: float) -> str:
+    """A signal-to-noise ratio in words."""
+    if ratio >= 5:
+        return "clear"
+    if ratio >= 1:
+        return "usable"
+    return "mostly noise; fewer columns or rounds, more users, or a larger epsilon would help"
+
+
+def _by_round(plan: Plan, queries: list[Query]) -> Iterator[tuple[int, float]]:
+    """Epsilon after some of the rounds, the first and the last among them."""
+    sampled = any(query.sampling_prob < 1 for query in queries)
+    wanted = min(len(queries), _CHECKPOINTS // 2 if sampled else _CHECKPOINTS)
+    stops = {round(1 + i * (len(queries) - 1) / max(1, wanted - 1)) for i in range(wanted)}
+    leaves: Counter[tuple[float, float]] = Counter()
+    for number, query in enumerate(queries, start=1):
+        leaves[(query.noise_multiplier, query.sampling_prob)] += 1
+        if number in stops:
+            event = accounting.event_of(leaves)
+            yield number, accounting.epsilon_of(event, plan.config.run_budget.delta)
+
+
+def _memory(plan: Plan, queries: list[Query], share: int) -> int:
+    """Bytes that a process which holds `1 / share` of the users needs, roughly."""
+    config, schema = plan.config, plan.schema
+    records = config.population.num_users * config.unit.max_records // share
+    width = 4 * len(schema.columns) + (schema.image.num_pixels if schema.image else 0)
+    sums = 4 * 8 * max(query.dim for query in queries)
+    dense = 2 * _BLOCK_BYTES if any(not query.cells for query in queries) else 0
+    return _BASE_BYTES + 3 * records * width + sums + dense
+
+
+def _spent(plan: Plan) -> tuple[float, float]:
+    """Epsilon spent on the population, before and after this run; creates no ledger."""
+    from ..server.ledger import Ledger
+
+    config = plan.config
+    delta = config.population.cap.delta
+    path = config.path(config.ledger)
+    before = accounting.compose([])
+    if path.exists():
+        before = Ledger(path).spent(config.population.name)
+    after = accounting.compose([before, plan.event])
+    return accounting.epsilon_of(before, delta), accounting.epsilon_of(after, delta)
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes in the unit that reads best."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.3g} {unit}"
+    return f"{num_bytes} bytes"
