@@ -84,7 +84,7 @@ def test_ours_is_imported_relatively(file: str):
     absolute = [
         node
         for node in ast.walk(tree_of(file))
-        if (isinstance(node, ast.Import) and any(a.name.split(".")[0] == "fedsynth" for a in node.names))
+        if (isinstance(node, ast.Import) and any(a.name.startswith("fedsynth") for a in node.names))
         or (
             isinstance(node, ast.ImportFrom)
             and not node.level

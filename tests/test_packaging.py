@@ -41,7 +41,9 @@ def modules() -> set[str]:
 def sources(folder: Path) -> Path:
     """A copy of what a build reads, so that building leaves nothing in the checkout."""
     folder.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py", "fedsynth.py", "py.typed"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "py.typed"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("__init__.py", "fedsynth.py"):
         shutil.copy(ROOT / name, folder)
     for name in (*FOLDERS, "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts come from headers and types, hold no value, and are refused until they are filled."""
+
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from fedsynth.core.config import read_config
+from fedsynth.core.errors import ConfigError, DataError, SchemaError
+from fedsynth.core.schema import Schema
+from fedsynth.simulation.init import Draft, check_filled, draft
+from pyarrow import parquet
+
+CSV = """patient_id,age,sex,los_days,email,smoker
+p1,34,F,1.5,zelda@example.org,true
+p2,71,M,9.0,yorick@example.org,false
+"""
+FILLED = {
+    "num_users": 1000,
+    "bounds": {"age": (0.0, 120.0), "los_days": (0.0, 60.5)},
+    "categories": {"sex": ("F", "M")},
+}
+
+
+@pytest.fixture
+def patients(tmp_path: Path) -> Path:
+    path = tmp_path / "patients.csv"
+    path.write_text(CSV, encoding="utf-8")
+    return path
+
+
+def written(made: Draft, folder: Path) -> Path:
+    (folder / "run.toml").write_text(made.run_toml, encoding="utf-8")
+    (folder / "schema.toml").write_text(made.schema_toml, encoding="utf-8")
+    return folder / "run.toml"
+
+
+def test_types_and_roles_come_from_the_header(patients: Path):
+    made = draft(patients, user="patient_id")
+
+    assert {c.name: (c.type, c.role, c.needs) for c in made.columns} == {
+        "patient_id": ("category", "user id", ""),
+        "age": ("integer", "feature", "bounds"),
+        "sex": ("category", "feature", "categories"),
+        "los_days": ("real", "feature", "bounds"),
+        "email": ("category", "left out", ""),
+        "smoker": ("category", "feature", ""),
+    }
+
+
+def test_no_value_of_a_row_reaches_the_draft(patients: Path):
+    made = draft(patients, user="patient_id", keep=["email"])
+
+    for value in ("p1", "p2", "34", "71", "1.5", "9.0", "zelda", "yorick"):
+        assert value not in made.run_toml + made.schema_toml
+
+
+def test_every_hole_of_a_draft_is_named_at_once(patients: Path, tmp_path: Path):
+    run = written(draft(patients, user="patient_id"), tmp_path)
+
+    with pytest.raises(ConfigError) as refusal:
+        check_filled(run)
+
+    for key in ("population.num_users", "columns.age.bounds", "columns.sex.categories"):
+        assert key in str(refusal.value)
+
+
+def test_a_hole_in_the_schema_alone_is_an_error_of_the_schema(patients: Path, tmp_path: Path):
+    run = written(draft(patients, user="patient_id", num_users=1000), tmp_path)
+
+    with pytest.raises(SchemaError, match=r"schema\.toml: columns\.los_days\.bounds"):
+        check_filled(run)
+
+
+def test_a_draft_with_holes_is_refused_by_its_readers_too(patients: Path, tmp_path: Path):
+    run = written(draft(patients, user="patient_id"), tmp_path)
+
+    with pytest.raises(ConfigError, match="num_users"):
+        read_config(run)
+    with pytest.raises(SchemaError, match="age"):
+        Schema.read(tmp_path / "schema.toml")
+
+
+def test_a_filled_draft_is_a_run(patients: Path, tmp_path: Path):
+    made = draft(patients, user="patient_id", target="smoker", folder=tmp_path, **FILLED)
+    run = written(made, tmp_path)
+
+    check_filled(run)
+    config, schema = read_config(run), Schema.read(tmp_path / "schema.toml")
+
+    assert made.holes == []
+    assert config.privacy_unit.column == "patient_id"
+    assert config.run_budget.delta < 1 / (10 * 1000)
+    assert config.path(config.data.path) == patients
+    assert schema.names == ("age", "sex", "los_days", "smoker")
+    assert schema.columns[2].bounds == (0.0, 60.5)
+    assert schema.target == "smoker"
+
+
+def test_a_draft_for_another_folder_still_finds_the_data(patients: Path, tmp_path: Path):
+    folder = tmp_path / "study" / "one"
+    folder.mkdir(parents=True)
+    run = written(draft(patients, user="patient_id", folder=folder, **FILLED), folder)
+
+    config = read_config(run)
+
+    assert config.path(config.data.path).resolve() == patients
+
+
+def test_names_that_need_quotes_survive(tmp_path: Path):
+    names = ["a b", 'say "hi"', "ümlaut", "dot.ted", "back\\slash"]
+    parquet.write_table(pa.table({name: [1] for name in names}), tmp_path / "t.parquet")
+    made = draft(tmp_path / "t.parquet", bounds=dict.fromkeys(names, (0.0, 1.0)))
+
+    columns = tomllib.loads(made.schema_toml)["columns"]
+
+    assert list(columns) == names
+
+
+def test_a_column_kept_by_name_is_a_feature(patients: Path):
+    made = draft(patients, user="patient_id", keep=["email"])
+
+    (email,) = (c for c in made.columns if c.name == "email")
+
+    assert (email.role, email.needs) == ("feature", "categories")
+
+
+@pytest.mark.parametrize("name", ["Email", "home_phone", "firstName", "ip_addr", "admission_id"])
+def test_names_that_look_identifying_are_left_out(name: str, tmp_path: Path):
+    (tmp_path / "t.csv").write_text(f"{name},x\na,1\n", encoding="utf-8")
+
+    made = draft(tmp_path / "t.csv")
+
+    assert [c.role for c in made.columns] == ["left out", "feature"]
+
+
+@pytest.mark.parametrize("name", ["valid", "middle_age", "inpatient", "shipment", "number"])
+def test_names_that_hold_such_a_word_inside_another_are_not(name: str, tmp_path: Path):
+    (tmp_path / "t.csv").write_text(f"{name}\n1\n", encoding="utf-8")
+
+    assert draft(tmp_path / "t.csv").columns[0].role == "feature"
+
+
+def test_a_number_given_categories_becomes_a_category(patients: Path):
+    made = draft(patients, categories={"age": ("young", "old")})
+
+    assert tomllib.loads(made.schema_toml)["columns"]["age"]["categories"] == ["young", "old"]
+
+
+def test_images_are_found_in_an_archive(tmp_path: Path):
+    path = tmp_path / "digits.npz"
+    np.savez(path, images=np.zeros((3, 8, 8), np.uint8), digit=np.arange(3))
+
+    made = draft(path, categories={"digit": tuple("0123456789")}, num_users=100)
+
+    assert tomllib.loads(made.schema_toml)["columns"]["images"]["shape"] == [8, 8, 1]
+    assert tomllib.loads(made.run_toml)["strategy"]["name"] == "private_evolution"
+
+
+def test_options_that_fit_no_column_are_refused(patients: Path):
+    with pytest.raises(ConfigError, match="no column 'aeg'"):
+        draft(patients, bounds={"aeg": (0.0, 1.0)})
+    with pytest.raises(ConfigError, match="bounds mean nothing"):
+        draft(patients, bounds={"sex": (0.0, 1.0)})
+
+
+def test_a_file_without_a_usable_column_is_refused(tmp_path: Path):
+    (tmp_path / "t.csv").write_text("email\na@b\n", encoding="utf-8")
+
+    with pytest.raises(DataError, match="no column to synthesize"):
+        draft(tmp_path / "t.csv")
+
+
+def test_a_population_never_gets_a_budget_that_needs_consent(patients: Path):
+    made = draft(patients, epsilon=4.0)
+
+    assert tomllib.loads(made.run_toml)["population"]["epsilon"] == 10
