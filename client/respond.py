@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from ..core.errors import ClientCode, ConfigError, ShardError
 from ..core.failpoints import at
 from ..core.mechanism import Lattice, clipped_sum, noised
-from ..core.privacy import NoisePlacement, PrivacyUnit, Relation
+from ..core.privacy import NoisePlacement
 from ..core.query import Contribution, Query, Strategy
 from ..core.randomness import KeyStream, coins
 from ..core.records import BoundedShard
 from ..core.wire import Ask, Reply
 from ..strategies.registry import build_strategy
+from .policy import unit_of
 from .site import Site
 
 _log = logging.getLogger(__name__)
@@ -75,12 +76,6 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
         site.odometer.store(ask, total.astype("<i8").tobytes())
         at("after-client-store")
     return Reply(ask.run, ask.round, ask.attempt, ClientCode.OK, total)
-
-
-def unit_of(ask: Ask) -> PrivacyUnit:
-    """The privacy unit that a request states."""
-    fields = json.loads(ask.unit)
-    return PrivacyUnit(**{**fields, "relation": Relation(fields["relation"])})
 
 
 def _admission(ask: Ask, site: Site) -> ClientCode | None:
