@@ -11,6 +11,7 @@ from fedsynth.core.schema import Column, ImageColumn, Schema
 from fedsynth.simulation.quality import (
     Accuracy,
     Quality,
+    column_variation,
     quality_of,
     quality_table,
     total_variation,
@@ -178,3 +179,13 @@ def test_quality_without_a_target_has_no_accuracy():
     records = coded((0, 1), (1, 0))
 
     assert quality_of(records, records, TWO_BITS) == Quality({1: 0.0, 2: 0.0}, {}, None, 2, 2)
+
+
+def test_columns_are_listed_from_the_worst_to_the_best():
+    real = coded((0, 0), (0, 0), (0, 1), (1, 1))
+    synthetic = coded((0, 0), (1, 1))
+
+    # column a: (3/4 1/4) against (1/2 1/2); column b: (1/2 1/2) twice
+    variation = column_variation(real, synthetic, TWO_BITS)
+
+    assert list(variation.items()) == [("a", 0.25), ("b", 0.0)]
