@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ConfigError
-from ..core.privacy import PrivacyUnit, Relation
+from ..core.privacy import PrivacyUnit
 from ..core.schema import Schema
 from .bounding import bound
 from .policy import Policy
@@ -29,7 +29,8 @@ class Look:
       schema_digest: What the server's schema must hash to.
       num_records: In the file.
       num_users: In the file.
-      num_kept: Records left when no user has more than the policy allows.
+      max_records: Most records of one user that would be used.
+      num_kept: Records left when no user has more than that.
       missing: Share of records that fall into a column's last cell: missing, or not listed.
       policy: Keys and values of the policy.
       refuses: Why no request is answered; empty when some would be.
@@ -39,6 +40,7 @@ class Look:
     schema_digest: str
     num_records: int
     num_users: int
+    max_records: int
     num_kept: int
     missing: dict[str, float]
     policy: dict[str, Any]
@@ -50,13 +52,12 @@ class Look:
         gaps = [f"{name} {share:.1%}" for name, share in self.missing.items() if share]
         lines = [
             ("Shard", f"{self.shard}: {self.num_records:,} records of {self.num_users:,} users"),
-            ("Used", f"{self.num_kept:,} records, at most {self.policy['max_records']} of a user"),
+            ("Used", f"{self.num_kept:,} records, at most {self.max_records} of a user"),
             ("Missing", ", ".join(gaps) or "nothing, and every category is listed"),
             ("Schema", f"digest {self.schema_digest}; the server's must be the same"),
         ]
         if self.refuses:
-            reasons = "; ".join(self.refuses)
-            return [*lines, ("Policy", f"refuses every request: {reasons}")]
+            return [*lines, ("Policy", f"refuses every request: {'; '.join(self.refuses)}")]
         allow = self.policy["allow"]
         return [
             *lines,
@@ -75,6 +76,7 @@ class Look:
             "schema_digest": self.schema_digest,
             "num_records": self.num_records,
             "num_users": self.num_users,
+            "max_records": self.max_records,
             "num_kept": self.num_kept,
             "missing": self.missing,
             "policy": self.policy,
@@ -104,11 +106,8 @@ def look(
     shard_path = _data_in(place) if place.is_dir() else place
     read = Schema.read(schema or shard_path.parent / "schema.toml")
     terms = Policy.read(policy or shard_path.parent / "policy.toml")
-    unit = PrivacyUnit(
-        column=user or terms.user_column or None,
-        max_records=(terms.max_records or 1) if user or terms.user_column else 1,
-        relation=terms.relation or Relation.ADD_OR_REMOVE,
-    )
+    column = user or terms.user_column or None
+    unit = PrivacyUnit(column, max_records=max(1, terms.max_records) if column else 1)
     shard = read_shard(shard_path, read, unit)
     bounded = bound(shard, unit, seed=0)
     codes = shard.records.codes
@@ -117,16 +116,17 @@ def look(
         for index, column in enumerate(read.columns)
         if column.missing
     }
-    refuses = [f"the policy says no {key}" for key in terms.missing]
-    if terms.min_users is not None and bounded.num_users < terms.min_users:
+    refuses = [f"without {', '.join(terms.missing)}"] if terms.missing else []
+    if "min_users" not in terms.missing and bounded.num_users < terms.min_users:
         refuses.append("the shard has fewer users than min_users")
-    if user and terms.user_column not in (None, user):
+    if "user_column" not in terms.missing and user and terms.user_column != user:
         refuses.append(f"its user_column is {terms.user_column!r}, not {user!r}")
     return Look(
         shard=shard_path,
         schema_digest=read.digest,
         num_records=len(shard.records),
         num_users=bounded.num_users,
+        max_records=unit.max_records,
         num_kept=len(bounded.records),
         missing=missing,
         policy=terms.model_dump(mode="json"),

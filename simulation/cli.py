@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 _BARS = 12  # columns that get a bar
+_WIDE = 160  # columns of what is not shown on a terminal but read by other programs
 _BUG = 70  # EX_SOFTWARE: not one of ours, so it is a bug
 _EXTRAS = {
     "torch": "train",
@@ -78,18 +79,25 @@ def main() -> None:
     app(arguments, prog_name="fedsynth")
 
 
-@app.callback()
-def start(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    """What comes before every command."""
-    _State.debug = debug
-    if version:
+def _print_version(wanted: bool) -> None:
+    """Print the version and stop, whatever else was asked."""
+    if wanted:
         from .. import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def start(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """What comes before every command."""
+    _State.debug = debug
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
@@ -301,7 +309,7 @@ def verify(
     """Check a release offline, with nothing but its folder."""
     from ..server.release import verify as verify_release
 
-    checks = verify_release(release, with_replay=replay)
+    checks = verify_release(release, replay=replay)
     failed = [check for check in checks if not check.ok]
     if format is Format.JSON:
         _json(
@@ -386,7 +394,7 @@ def ledger(
         for row in rows:
             table.add_row(
                 row.when[:16].replace("T", " "),
-                _clean(row.run),
+                _clean(row.run.rsplit("-", 1)[-1]),
                 _clean(row.what),
                 f"{row.epsilon:.3f}",
                 f"{row.total:.3f}",
@@ -508,7 +516,8 @@ def _console(*, stderr: bool = False) -> "Console":
     """Where text for people goes."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDE)
 
 
 def _say(console: "Console", text: str, *, style: str = "") -> None:

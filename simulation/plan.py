@@ -204,7 +204,7 @@ def lines_of(seen: Outlook) -> list[tuple[str, str]]:
                 f" noise multiplier {step.noise_multiplier:.3g}{sampled}",
             )
         )
-    if len(seen.by_round) > 1:
+    if seen.num_rounds > len(seen.steps):
         rounds = ", ".join(f"{epsilon:.2f} ({number})" for number, epsilon in seen.by_round)
         lines.append(("", f"epsilon after a round: {rounds}"))
     lines.append(

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan says what a run costs and what to expect, from public facts alone."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from dp_accounting.dp_event import DpEvent
+from fedsynth.core import accounting
+from fedsynth.core.config import RunConfig, parse_config
+from fedsynth.core.errors import BudgetExceeded
+from fedsynth.core.query import Contribution, NoisySum, Query, Strategy
+from fedsynth.server.ledger import Ledger
+from fedsynth.simulation.plan import lines_of, outlook
+
+SCHEMA = """
+[columns.age]
+type = "integer"
+bounds = [0, 9]
+num_bins = 10
+origin = "public: made up"
+
+[columns.sex]
+type = "category"
+categories = ["F", "M"]
+origin = "public: made up"
+"""
+
+
+@dataclass(frozen=True)
+class TwoSteps(Strategy):
+    """One count of cells, then `votes` rounds of votes with inputs."""
+
+    name: ClassVar[str] = "two-steps"
+    max_norm: float = 1.0
+    votes: int = 4
+    sampling_prob: float = 1.0
+
+    def _noise(self, noise_multiplier: float) -> tuple[float, float]:
+        first, rest = accounting.split(noise_multiplier, [0.5, 0.5])
+        return first, rest * math.sqrt(self.votes)
+
+    def event(self, schema: Any, noise_multiplier: float) -> DpEvent:
+        first, each = self._noise(noise_multiplier)
+        leaves = {(first, 1.0): 1}
+        leaves[(each, self.sampling_prob)] = self.votes
+        return accounting.event_of(leaves)
+
+    def rounds(self, schema: Any, noise_multiplier: float, rng: Any) -> Iterator[Query]:
+        first, each = self._noise(noise_multiplier)
+        noisy = yield Query("cells", 12, math.sqrt(2.0) * self.max_norm, first, cells=True)
+        for _ in range(self.votes):
+            inputs = {"candidates": np.zeros((100, 2), np.int32)}
+            noisy = yield Query("votes", 100, 1.0, each, self.sampling_prob, inputs)
+            assert isinstance(noisy, NoisySum)
+        raise AssertionError("a plan must not learn anything")
+
+    def answer(self, query: Query, shard: Any, rng: Any) -> Contribution:
+        raise AssertionError("a plan must ask nobody")
+
+
+def config_in(folder: Path, **changes: Any) -> RunConfig:
+    (folder / "schema.toml").write_text(SCHEMA, encoding="utf-8")
+    data: dict[str, Any] = {
+        "population": {"name": "town", "num_users": 600, "epsilon": 2.0, "delta": 1e-6},
+        "unit": {"column": "person"},
+        "data": {"path": "nowhere.csv", "schema": "schema.toml"},
+        "budget": {"epsilon": 1.0},
+        "strategy": {"name": f"{__name__}:TwoSteps"},
+    }
+    for key, value in changes.items():
+        data[key] = {**data.get(key, {}), **value}
+    return parse_config(data, base=folder)
+
+
+def test_a_plan_costs_exactly_its_budget_and_no_more(tmp_path: Path):
+    seen = outlook(config_in(tmp_path))
+
+    assert 0.999 < seen.epsilon <= 1.0
+    assert seen.largest_odds == pytest.approx(math.e / (1 + math.e), abs=1e-3)
+
+
+def test_a_plan_reads_no_records_and_writes_nothing(tmp_path: Path):
+    config = config_in(tmp_path)  # its data file does not exist
+
+    outlook(config)
+
+    assert [p.name for p in tmp_path.iterdir()] == ["schema.toml"]
+
+
+def test_rounds_that_are_alike_stand_together_with_what_they_send(tmp_path: Path):
+    seen = outlook(config_in(tmp_path))
+
+    cells, votes = seen.steps
+
+    assert (cells.query, cells.num_rounds, cells.bytes_down, cells.bytes_up) == ("cells", 1, 0, 96)
+    assert (votes.query, votes.num_rounds, votes.bytes_down, votes.bytes_up) == (
+        "votes",
+        4,
+        800,
+        800,
+    )
+    assert seen.num_rounds == 5
+
+
+def test_epsilon_grows_by_round_to_the_whole(tmp_path: Path):
+    seen = outlook(config_in(tmp_path))
+
+    rounds, epsilons = zip(*seen.by_round, strict=True)
+
+    assert rounds == (1, 2, 3, 4, 5)
+    assert list(epsilons) == sorted(epsilons)
+    assert epsilons[-1] == pytest.approx(seen.epsilon)
+    assert seen.steps[0].epsilon_after == pytest.approx(epsilons[0])
+
+
+def test_the_expected_signal_is_users_over_cells_beside_the_noise(tmp_path: Path):
+    seen = outlook(config_in(tmp_path))
+
+    # 600 users, each lighting one of 10 and one of 2 cells: 1200 marks over 12 cells
+    assert "about 100 users" in seen.steps[0].expect
+    assert f"± {seen.steps[0].stddev:.3g}" in seen.steps[0].expect
+
+
+def test_few_users_are_told_that_they_will_see_mostly_noise(tmp_path: Path):
+    crowd = outlook(config_in(tmp_path, population={"num_users": 100_000, "delta": 1e-7}))
+    few = outlook(config_in(tmp_path, population={"num_users": 10}))
+
+    assert crowd.steps[0].expect.endswith("clear")
+    assert "mostly noise" in few.steps[0].expect
+
+
+def test_local_noise_is_as_much_larger_as_there_are_clients(tmp_path: Path):
+    central = outlook(config_in(tmp_path, engine={"clients": 9}))
+    local = outlook(config_in(tmp_path, engine={"clients": 9}, noise={"placement": "local"}))
+
+    assert local.steps[0].stddev == pytest.approx(3 * central.steps[0].stddev)
+
+
+def test_sampled_rounds_are_priced_at_a_few_checkpoints(tmp_path: Path):
+    strategy = {"votes": 40, "sampling_prob": 0.1}
+
+    seen = outlook(config_in(tmp_path, strategy=strategy))
+
+    assert seen.accountant == "pld"
+    assert 3 <= len(seen.by_round) <= 5
+    assert seen.by_round[-1] == (41, pytest.approx(seen.epsilon))
+
+
+def test_what_was_spent_before_counts(tmp_path: Path):
+    config = config_in(tmp_path)
+    first = outlook(config)
+    with Ledger(config.path(config.ledger)) as ledger:
+        ledger.open_run(
+            "earlier",
+            "town",
+            cap=config.population.cap,
+            event=TwoSteps().event(None, first.noise_multiplier),
+            facts={"unit": {"column": "person"}, "placement": "central"},
+        )
+
+    second = outlook(config)
+
+    assert first.spent == 0
+    assert second.spent == pytest.approx(first.epsilon, rel=1e-3)
+    # Gaussian sums compose in the square: twice the run is less than twice its epsilon
+    assert second.spent < second.spent_after < 2 * second.spent
+
+
+def test_a_run_that_the_population_cannot_pay_is_refused(tmp_path: Path):
+    seen = outlook(config_in(tmp_path, population={"epsilon": 0.5}))
+
+    assert not seen.fits
+    with pytest.raises(BudgetExceeded, match="Nothing was asked"):
+        seen.check()
+
+
+def test_the_lines_for_a_person_say_it_in_words(tmp_path: Path):
+    text = "\n".join(f"{a} {b}" for a, b in lines_of(outlook(config_in(tmp_path))))
+
+    assert "for each user of person, adding or removing all their records" in text
+    assert "0.00 of 2.00 on town" in text
+    assert "4 rounds of votes" in text
+    assert "73.2 %" in text  # e / (1 + e), rounded up
