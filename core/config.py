@@ -2,6 +2,7 @@
 """A run's configuration: one TOML file, checked whole before anything is read or asked."""
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -180,6 +181,43 @@ def read_config(path: Path) -> RunConfig:
     except ValueError as error:
         raise ConfigError(f"{path} does not parse: {error}") from error
     return parse_config(data, base=path.parent, where=path.name)
+
+
+def read_started(path: Path) -> tuple[str, RunConfig]:
+    """Identity and configuration of a run that was started, from its `run.json`.
+
+    Raises:
+      ConfigError: The file cannot be read or is not one.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        run, config, base = str(data["run"]), dict(data["config"]), Path(data["base"])
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} does not describe a started run: {error}") from error
+    return run, parse_config(config, base=base, where=str(path))
+
+
+def run_file(named: str) -> Path:
+    """The file that Flower's run configuration names as `run`, at the server.
+
+    A relative path starts from the working folder or, where this package is a checkout, from
+    its root: Flower's local SuperLink keeps the working folder of whoever started it first.
+
+    Raises:
+      ConfigError: It names nothing, or no file.
+    """
+    if not named:
+        raise ConfigError(
+            "Flower's run configuration names no run: --run-config 'run=\"run.toml\"'"
+        )
+    root = Path(__file__).resolve().parents[1]
+    places = [Path(named).absolute(), root / named]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ConfigError(f"there is no file {places[0]}; `run` is a path on the server's machine")
+    return found
 
 
 def parse_config(data: dict[str, Any], *, base: Path, where: str = "run.toml") -> RunConfig:

@@ -65,8 +65,7 @@ class PrivacyUnit:
             )
         if not isinstance(self.relation, Relation):
             raise ConfigError(
-                f"unit.relation must be one of {[r.value for r in Relation]},"
-                f" not {self.relation!r}"
+                f"unit.relation must be one of {[r.value for r in Relation]}, not {self.relation!r}"
             )
 
     @property

@@ -183,9 +183,7 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def answer(
-        self, query: Query, shard: BoundedShard, rng: np.random.Generator
-    ) -> Contribution:
+    def answer(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
         """Client half: one vector a user of the block, neither clipped nor noised.
 
         Args:

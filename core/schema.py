@@ -53,10 +53,14 @@ class Column:
                 raise SchemaError(f"column {self.name!r}: categories must differ from each other")
         elif self.kind in ("integer", "real"):
             if self.bounds is None or not all(math.isfinite(b) for b in self.bounds):
-                raise SchemaError(f"column {self.name!r}: a number needs finite bounds = [low, high]")
+                raise SchemaError(
+                    f"column {self.name!r}: a number needs finite bounds = [low, high]"
+                )
             low, high = self.bounds
             if not low < high:
-                raise SchemaError(f"column {self.name!r}: bounds must rise, not {low:g} to {high:g}")
+                raise SchemaError(
+                    f"column {self.name!r}: bounds must rise, not {low:g} to {high:g}"
+                )
             if self.num_bins < 1:
                 raise SchemaError(f"column {self.name!r}: num_bins must be 1 or more")
         else:

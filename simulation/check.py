@@ -250,7 +250,9 @@ class _Trial:
     def void_rounds_pass(self) -> None:
         sums = [noisy for _, noisy in self.transcript]
         for void in [*({0, len(sums) // 2, len(sums) - 1}), None]:
-            learned = self.replayed(sums, void={void} if void is not None else set(range(len(sums))))
+            learned = self.replayed(
+                sums, void={void} if void is not None else set(range(len(sums)))
+            )
             self.sampled(learned, 20)
 
     def global_state_is_untouched(self) -> None:
@@ -317,7 +319,9 @@ class _Trial:
     def measured(self, query: Query, stream: "KeyStream") -> NoisySum:
         """A noised sum over the trial's shard."""
         lattice, stddev = Lattice.of(query), query.noise_multiplier * query.clip
-        total = noised(self.sum_of(query, self.shard), stddev=stddev, lattice=lattice, stream=stream)
+        total = noised(
+            self.sum_of(query, self.shard), stddev=stddev, lattice=lattice, stream=stream
+        )
         return real_sum(total, stddev=stddev, lattice=lattice, num_clients=1)
 
     def sum_of(self, query: Query, shard: BoundedShard) -> NDArray[np.int64]:

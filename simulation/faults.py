@@ -63,7 +63,7 @@ def small_run(folder: Path, *, placement: str = "central", rounds: int = 6) -> R
             "data": {"schema": "schema.json"},
             "unit": {"column": "id", "max_records": 2},
             "budget": {"epsilon": 4.0},
-            "strategy": {"name": "private_evolution", "rounds": rounds, "num_candidates": 20},
+            "strategy": {"name": "private_evolution", "num_rounds": rounds, "num_candidates": 20},
             "noise": {"placement": placement},
             "engine": {"clients": 3, "timeout_s": 60.0},
             "release": {"num_records": 50},

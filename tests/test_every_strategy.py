@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every strategy owes, over all that are installed and the worked example."""
 
+import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from dp_accounting.dp_event import GaussianDpEvent
-
 from fedsynth.core.query import Contribution, Query, Strategy
 from fedsynth.simulation.check import check_strategy, small_images, small_table
 from fedsynth.strategies.independent import Columns, Independent
@@ -17,8 +17,8 @@ from fedsynth.strategies.registry import build_strategy, strategy_names
 
 # settings that make a long method short; every installed strategy runs even when not named here
 QUICK = {
-    "private_evolution": {"rounds": 3, "num_candidates": 40},
-    "dp_fedavg": {"rounds": 3, "num_users": 40, "sampling_prob": 0.5},
+    "private_evolution": {"num_rounds": 3, "num_candidates": 40},
+    "dp_fedavg": {"num_rounds": 3, "num_users": 40, "sampling_prob": 0.5},
     "dp_merf": {},
 }
 CASES = [(name, schema) for name in strategy_names() for schema in ("table", "images")]
@@ -72,7 +72,7 @@ class Twin(Strategy):
         )
         if self.fault == "void" and counts.is_void:
             raise ZeroDivisionError
-        noise = np.random.normal() if self.fault == "global" else rng.normal()
+        noise = random.gauss() if self.fault == "global" else rng.normal()
         probs = [np.full(c, 1 / c) for c in schema.shape]
         probs[0] = np.abs(counts.vector[: schema.shape[0]]) + abs(noise) + 1e-3
         probs[0] = probs[0] / probs[0].sum()

@@ -11,13 +11,12 @@ from dp_accounting.dp_event import (
     PoissonSampledDpEvent,
     SelfComposedDpEvent,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from fedsynth.core import accounting
 from fedsynth.core.accounting import event_of
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.privacy import Budget
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 # (noise_multiplier, sampling_prob, count, delta): exact or PLD epsilon, RDP epsilon.
 # Computed with dp-accounting 0.6 and cross-checked with autodp and Opacus.
@@ -118,9 +117,7 @@ def test_belief_in_presence_rises_no_further_than_epsilon_allows():
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(
-        st.tuples(
-            st.floats(0.6, 30), st.sampled_from([1.0, 0.5, 0.05, 0.01]), st.integers(1, 60)
-        ),
+        st.tuples(st.floats(0.6, 30), st.sampled_from([1.0, 0.5, 0.05, 0.01]), st.integers(1, 60)),
         min_size=1,
         max_size=3,
     ),

@@ -2,7 +2,6 @@
 """A run's file is checked whole: what is wrong with it is said before anything is read."""
 
 import pytest
-
 from fedsynth.core.config import parse_config, read_config
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.privacy import NoisePlacement
@@ -93,7 +92,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_configuration_survives_its_own_json(tmp_path):
-    config = parsed(tmp_path, unit={"column": "id", "max_records": 3}, strategy={"name": "mst", "max-norm": 2.0})
+    config = parsed(
+        tmp_path, unit={"column": "id", "max_records": 3}, strategy={"name": "mst", "max-norm": 2.0}
+    )
 
     again = parse_config(config.model_dump(mode="json", by_alias=True), base=config.base)
 

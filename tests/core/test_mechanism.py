@@ -3,14 +3,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.mechanism import Lattice, clipped_sum, noised
 from fedsynth.core.query import Contribution, Query
 from fedsynth.core.randomness import OsKeyStream
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 NASTY = [np.nan, np.inf, -np.inf, -0.0, 5e-324, 1e308, -1e308, 1e-300, 3.4e38, 1.0, -1.0, 0.0]
 
@@ -103,17 +102,13 @@ def test_counted_cells_equal_dense_rows(data):
     records = data.draw(st.lists(st.integers(1, 6), min_size=num_users, max_size=num_users))
     users = np.repeat(np.arange(num_users), records)
     dim = 9
-    cells = data.draw(
-        hnp.arrays(np.int64, (len(users), 3), elements=st.integers(0, dim - 1))
-    )
+    cells = data.draw(hnp.arrays(np.int64, (len(users), 3), elements=st.integers(0, dim - 1)))
     weights = np.array([1.0, 0.5, 2.0])
     q = query(dim, data.draw(st.sampled_from([0.7, 1.0, 2.3, 10.0])), cells=True)
     dense = np.zeros((num_users, dim))
     np.add.at(dense, (users[:, None], cells), weights)
 
-    counted = clipped_sum(
-        Contribution.cells(cells, users, num_users=num_users, weights=weights), q
-    )
+    counted = clipped_sum(Contribution.cells(cells, users, num_users=num_users, weights=weights), q)
 
     expected = clipped_sum(Contribution.rows(dense), q)
     assert np.abs(counted - expected).max() <= 2 * num_users  # a rounding step a user at most
@@ -161,7 +156,9 @@ def test_counts_of_single_record_users_are_exact():
 
     total = clipped_sum(Contribution.cells(cells, np.arange(40_000), num_users=40_000), q)
 
-    assert (total * Lattice.of(q).unit).tolist() == np.bincount(cells.ravel(), minlength=300).tolist()
+    assert (total * Lattice.of(q).unit).tolist() == np.bincount(
+        cells.ravel(), minlength=300
+    ).tolist()
 
 
 def test_users_of_many_records_are_counted_across_slices():

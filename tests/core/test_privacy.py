@@ -4,7 +4,6 @@
 import math
 
 import pytest
-
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.privacy import Budget, PrivacyUnit, User
 

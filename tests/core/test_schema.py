@@ -2,13 +2,17 @@
 """A schema says what is public and where it came from, or it is refused."""
 
 import pytest
-
 from fedsynth.core.errors import SchemaError
 from fedsynth.core.schema import Schema
 
 GOOD = {
     "columns": {
-        "age": {"type": "integer", "bounds": [0, 120], "num_bins": 12, "origin": "public: declared"},
+        "age": {
+            "type": "integer",
+            "bounds": [0, 120],
+            "num_bins": 12,
+            "origin": "public: declared",
+        },
         "sex": {"type": "category", "categories": ["F", "M"], "missing": True, "origin": "policy"},
         "pixels": {"type": "image", "shape": [8, 8], "origin": "public: sensor"},
     },

@@ -6,8 +6,6 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-
 from fedsynth.core.errors import ClientCode
 from fedsynth.core.privacy import NoisePlacement
 from fedsynth.core.query import Query
@@ -20,6 +18,7 @@ from fedsynth.core.wire import (
     reply_from_records,
     reply_to_records,
 )
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 DIM = 6
 
@@ -140,9 +139,7 @@ def reply_records(array=None, extra=None, **config):
         reply_records(protocol=2),
         RecordDict({}),
         RecordDict({"reply": MetricRecord({"code": 0}), "arrays": ArrayRecord({"total": raw()})}),
-        RecordDict(
-            dict(reply_records().items()) | {"metrics": MetricRecord({"loss": 0.5})}
-        ),
+        RecordDict(dict(reply_records().items()) | {"metrics": MetricRecord({"loss": 0.5})}),
     ],
 )
 def test_a_reply_in_any_other_form_is_refused(records):

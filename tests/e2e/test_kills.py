@@ -41,7 +41,9 @@ def test_a_run_with_local_noise_killed_within_a_client_finishes(tmp_path, name):
 
 def test_noise_lost_with_a_crash_is_charged_and_never_drawn_again(tmp_path):
     central = survive(small_run(tmp_path / "central"), failpoint="after-draw:2")
-    local = survive(small_run(tmp_path / "local", placement="local"), failpoint="before-client-store")
+    local = survive(
+        small_run(tmp_path / "local", placement="local"), failpoint="before-client-store"
+    )
 
     assert (central.void_rounds, local.void_rounds) == (1, 1)
     assert central.ok

@@ -5,11 +5,10 @@ import multiprocessing
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, chi2, kstest, norm
-
 from fedsynth.core.mechanism import Lattice, noised
 from fedsynth.core.query import Query
 from fedsynth.core.randomness import OsKeyStream, coins, lattice_noise, uniform_words
+from scipy.stats import binomtest, chi2, kstest, norm
 
 STDDEV = 1.7
 PASSES, FAILS = 1e-6, 1e-9
@@ -63,7 +62,10 @@ def test_noise_of_one_lattice_step_is_the_rounded_gaussian():
     expected = norm.cdf(values + 0.5) - norm.cdf(values - 0.5)
     wrong = norm.cdf((values + 0.5) * 0.75) - norm.cdf((values - 0.5) * 0.75)
     counts = (draws[:, None] == values).sum(axis=0)
-    assert all(binomtest(int(c), len(draws), p).pvalue > PASSES for c, p in zip(counts, expected))
+    assert all(
+        binomtest(int(c), len(draws), p).pvalue > PASSES
+        for c, p in zip(counts, expected, strict=True)
+    )
     assert binomtest(int(counts[3]), len(draws), wrong[3]).pvalue < FAILS
 
 
