@@ -20,8 +20,7 @@ from ..core.query import Query, Strategy
 from ..core.randomness import KeyStream
 from ..core.schema import Schema
 from ..core.wire import Ask, canonical
-from ..strategies.aggregators import build_aggregator
-from ..strategies.registry import build_strategy, settings_of
+from ..strategies.registry import build_aggregator, build_strategy, settings_of
 from .federation import Federation
 from .ledger import Ledger
 from .loop import Measured, learn

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from ..core.aggregator import Aggregator
 from ..core.errors import ConfigError
 from ..core.query import Strategy
 from ..core.synthesizer import Synthesizer
@@ -18,18 +19,19 @@ from ..core.wire import canonical
 T = TypeVar("T")
 
 STRATEGIES = {
-    "independent": "independent:Independent",
-    "mst": "mst:Mst",
-    "private_evolution": "private_evolution:PrivateEvolution",
-    "dp_merf": "dp_merf:DpMerf",
-    "dp_fedavg": "dp_fedavg:DpFedAvg",
+    "independent": "strategies.independent:Independent",
+    "mst": "strategies.mst:Mst",
+    "private_evolution": "strategies.private_evolution:PrivateEvolution",
+    "dp_merf": "strategies.dp_merf:DpMerf",
+    "dp_fedavg": "strategies.dp_fedavg:DpFedAvg",
 }
+AGGREGATORS = {"sum": "core.aggregator:Sum"}
 SYNTHESIZERS = {
-    "columns": "independent:Columns",
-    "tree": "mst:Tree",
-    "pool": "private_evolution:Pool",
-    "network": "parts.generator:Network",
-    "autoencoder": "dp_fedavg:Autoencoder",
+    "columns": "strategies.independent:Columns",
+    "tree": "strategies.mst:Tree",
+    "pool": "strategies.private_evolution:Pool",
+    "network": "strategies.parts.generator:Network",
+    "autoencoder": "strategies.dp_fedavg:Autoencoder",
 }
 
 
@@ -46,6 +48,17 @@ def build_strategy(name: str, settings: Mapping[str, Any]) -> Strategy:
     """
     kind = find("strategy", name, STRATEGIES, "fedsynth.strategies", Strategy)  # type: ignore[type-abstract]
     return build(kind, settings, f"strategy {name!r}")
+
+
+def build_aggregator(name: str, settings: Mapping[str, Any]) -> Aggregator:
+    """An aggregator by its name, or by `module:Name`, with its settings checked.
+
+    Raises:
+      ConfigError: No such aggregator, an unknown key, or a value of the wrong type or range.
+    """
+    group = "fedsynth.aggregators"
+    kind = find("aggregator", name, AGGREGATORS, group, Aggregator)  # type: ignore[type-abstract]
+    return build(kind, settings, f"aggregator {name!r}")
 
 
 def settings_of(strategy: Strategy) -> str:
@@ -68,7 +81,7 @@ def find(what: str, name: str, builtin: Mapping[str, str], group: str, base: typ
     """A class by its built-in name, its entry point's name, or `module:Name`."""
     if name in builtin:
         module, attribute = builtin[name].split(":")
-        found = getattr(import_module(f"..{module}", __name__), attribute)
+        found = getattr(import_module(f"...{module}", __name__), attribute)
     elif name in (plugins := _plugins(group)):
         found = plugins[name].load()
     elif ":" in name:
