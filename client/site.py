@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.config import read_config, RunConfig
+from ..core.config import RunConfig, read_config, read_started, run_file
 from ..core.errors import ConfigError
 from ..core.privacy import PrivacyUnit
 from ..core.records import BoundedShard, Records
@@ -79,7 +79,7 @@ def site_of(context: "Context") -> Site | None:
         return _owned_site(context, {key: Path(str(value)) for key, value in given.items()})
     if any(value is not None for value in given.values()):
         return None
-    return _ray_site(context) if _in_ray_worker() else None
+    return _ray_site(context) if _in_ray_simulation(context) else None
 
 
 def _owned_site(context: "Context", paths: dict[str, Path]) -> Site:
@@ -90,9 +90,7 @@ def _owned_site(context: "Context", paths: dict[str, Path]) -> Site:
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def load(unit: PrivacyUnit, seed: int) -> BoundedShard:
-        return _cached(
-            state, paths["shard"], schema, unit, seed, partition=None
-        )
+        return _cached(state, paths["shard"], schema, unit, seed, partition=None)
 
     return Site(
         client=name,
@@ -103,8 +101,16 @@ def _owned_site(context: "Context", paths: dict[str, Path]) -> Site:
     )
 
 
-def simulated_site(config: RunConfig, schema: Schema, partition: int, of: int, state: Path,
-                   load: Callable[[PrivacyUnit, int], BoundedShard], *, secure: bool) -> Site:
+def simulated_site(
+    config: RunConfig,
+    schema: Schema,
+    partition: int,
+    of: int,
+    state: Path,
+    load: Callable[[PrivacyUnit, int], BoundedShard],
+    *,
+    secure: bool,
+) -> Site:
     """The site of one simulated client: its owner is whoever runs the simulation.
 
     Its policy allows what the run's own configuration says, up to the population's cap.
@@ -121,8 +127,9 @@ def simulated_site(config: RunConfig, schema: Schema, partition: int, of: int, s
 
 
 def _ray_site(context: "Context") -> Site:
-    """The site of a node of Flower's Ray simulation."""
-    config = read_config(Path(str(context.run_config["run"])))
+    """The site of a node of Flower's Ray simulation; `run` names a run.toml or a run.json."""
+    path = run_file(str(context.run_config["run"]))
+    config = read_started(path)[1] if path.suffix == ".json" else read_config(path)
     schema = Schema.read(config.path(config.data.schema_path))
     partition = int(context.node_config["partition-id"])
     of = int(context.node_config["num-partitions"])
@@ -147,10 +154,16 @@ def simulation_state(config: RunConfig) -> Path:
     return ledger.parent / f"{ledger.stem}.clients"
 
 
-def _in_ray_worker() -> bool:
-    """Whether this process is a Ray worker, as only Flower's simulation makes it one."""
+def _in_ray_simulation(context: "Context") -> bool:
+    """Whether this is a node of Flower's simulation, in a Ray worker that it started.
+
+    A device's process never is: its SuperNode starts it without Ray, and Flower gives the two
+    numbers of a simulated node to simulated nodes alone.
+    """
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
+        return False
+    if set(context.node_config) != {"partition-id", "num-partitions"}:
         return False
     return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
 
@@ -178,7 +191,9 @@ def _cached(
     kept = state / f"shard-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
     if not kept.exists():
         shard = bound(read_shard(path, schema, unit, partition=partition), unit, seed=seed)
-        images = {} if shard.records.images is None else {"images": shard.records.images}
+        images: dict[str, Any] = (
+            {} if shard.records.images is None else {"images": shard.records.images}
+        )
         partial = kept.with_suffix(".partial.npz")
         np.savez(
             partial,
@@ -191,7 +206,7 @@ def _cached(
         partial.replace(kept)
     with np.load(kept, allow_pickle=False) as stored:
         return BoundedShard(
-            Records(stored["codes"], stored["images"] if "images" in stored else None),
+            Records(stored["codes"], stored.get("images")),
             stored["user_index"],
             int(stored["bounds"][0]),
             int(stored["bounds"][1]),
