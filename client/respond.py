@@ -8,6 +8,7 @@ Nothing else that depends on records: no count, loss, norm, timing or text of an
 import json
 import logging
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,7 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
         return _refused(ask, refusal)
     try:
         unit = unit_of(ask)
-        strategy = build_strategy(ask.strategy, json.loads(ask.settings))
+        strategy = _strategy(ask.strategy, ask.settings)
     except (ConfigError, ValueError, TypeError):
         return _refused(ask, ClientCode.STRATEGY_UNKNOWN)
     try:
@@ -76,6 +77,12 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
         site.odometer.store(ask, total.astype("<i8").tobytes())
         at("after-client-store")
     return Reply(ask.run, ask.round, ask.attempt, ClientCode.OK, total)
+
+
+@lru_cache(maxsize=16)
+def _strategy(name: str, settings: str) -> Strategy:
+    """The installed strategy that a request names; it is immutable, so kept between messages."""
+    return build_strategy(name, json.loads(settings))
 
 
 def _admission(ask: Ask, site: Site) -> ClientCode | None:

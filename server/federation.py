@@ -111,9 +111,9 @@ class Federation:
         deadline = time.monotonic() + self.timeout_s
         nodes = self._nodes(deadline)
         at("before-send")
+        content = ask_to_records(ask)  # one content for all: a grid copies or serializes it
         messages = [
-            Message(content=ask_to_records(ask), dst_node_id=node, message_type=MESSAGE_TYPE)
-            for node in nodes
+            Message(content=content, dst_node_id=node, message_type=MESSAGE_TYPE) for node in nodes
         ]
         replies = self.grid.send_and_receive(
             messages, timeout=max(1.0, deadline - time.monotonic())

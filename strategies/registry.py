@@ -4,6 +4,7 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -110,9 +111,8 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
                 f"{where}: unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else '.'}"
                 f" Known keys: {', '.join(known) or 'none'}"
             )
-    adapter: TypeAdapter[Any] = TypeAdapter(kind)
     try:
-        made: T = adapter.validate_python(dict(settings))
+        made: T = _adapter(kind).validate_python(dict(settings))
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
@@ -121,6 +121,13 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
     return made
 
 
+@lru_cache(maxsize=64)
+def _adapter(kind: type) -> "TypeAdapter[Any]":
+    """What validates a class's settings; costly to make."""
+    return TypeAdapter(kind)
+
+
+@lru_cache(maxsize=8)
 def _plugins(group: str) -> dict[str, Any]:
     """Entry points of a group, by name."""
     return {point.name: point for point in entry_points(group=group)}
