@@ -479,7 +479,7 @@ def _check_plan(release: Release) -> str:
             f"{CARD} and the entry that opens {ENTRIES} differ in: {', '.join(wrong)}"
         )
     count = sum(accounting.leaves(accounting.from_json(card.event)).values())
-    return f"{count} sums, committed before any of them was asked"
+    return f"{count} {'sum' if count == 1 else 'sums'}, committed before anybody was asked"
 
 
 def _check_epsilon(release: Release) -> str:
@@ -510,7 +510,7 @@ def _check_epsilon(release: Release) -> str:
 def _check_sums(release: Release) -> str:
     """Each sealed round has the sum that was sealed, and no other sum is there."""
     release.transcript.check_sums()
-    return f"{len(release.transcript.sums)} noisy sums"
+    return f"{len(release.transcript.sums)} of {len(release.card.rounds)} rounds have a noisy sum"
 
 
 def _check_content(release: Release) -> str:
