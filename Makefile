@@ -26,7 +26,9 @@ help:
 	@echo 'make clean   remove .venv and caches'
 
 demo: $(VENV)/.base
-	$(BIN)/fedsynth run examples/diabetes130/run.toml
+	@$(BIN)/fedsynth run examples/diabetes130/run.toml || { code=$$?; \
+	  echo '  the example has a README on its budget: examples/diabetes130/README.md' >&2; \
+	  exit $$code; }
 
 test: check unit smoke
 

@@ -423,9 +423,7 @@ def check(
         _json(
             {
                 "ok": not failed,
-                "findings": [
-                    {"name": f.name, "ok": f.ok, "detail": f.detail} for f in findings
-                ],
+                "findings": [{"name": f.name, "ok": f.ok, "detail": f.detail} for f in findings],
             }
         )
     else:

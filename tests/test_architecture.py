@@ -4,6 +4,7 @@
 import ast
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ EDGES = {
 WATCHES_GLOBAL_RANDOM = {"simulation/check.py"}  # to see whether a plug-in touched it
 
 
+@cache
 def tree_of(file: str) -> ast.Module:
     return ast.parse((ROOT / file).read_text(encoding="utf-8"))
 

@@ -5,8 +5,10 @@ import csv
 import json
 import os
 import random
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,15 +69,20 @@ def draft_run(folder: Path) -> None:
 
 def in_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as a person starts it."""
+    with started(folder, *arguments) as process:
+        stdout, stderr = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     program = "from fedsynth.simulation.cli import main; main()"
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=120,
     )
 
 
@@ -238,6 +245,64 @@ def test_run_for_programs_prints_one_object(fedsynth: Command, tmp_path: Path):
 def test_run_takes_a_file_or_a_run_to_resume(fedsynth: Command):
     assert fedsynth("run").exit_code == 2
     assert fedsynth("run", "run.toml", "--resume", "x").exit_code == 2
+
+
+SLOW = """
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from fedsynth.core import accounting
+from fedsynth.core.query import Contribution, Query, Strategy
+from fedsynth.strategies.independent import Columns
+
+
+@dataclass(frozen=True)
+class Slow(Strategy):
+    name: ClassVar[str] = "slow"
+
+    def event(self, schema, noise_multiplier):
+        return accounting.event_of({(noise_multiplier * 5**0.5, 1.0): 5})
+
+    def rounds(self, schema, noise_multiplier, rng):
+        for number in range(5):
+            time.sleep(0.4)
+            yield Query(f"q{number}", schema.num_cells, 1.0, noise_multiplier * 5**0.5, cells=True)
+        return Columns(schema, tuple(np.full(n, 1 / n) for n in schema.shape))
+
+    def answer(self, query, shard, rng):
+        return Contribution.cells(
+            shard.records.codes[:, :1], shard.user_index, num_users=shard.num_users
+        )
+"""
+
+
+def test_ctrl_c_saves_and_the_printed_command_goes_on(tmp_path: Path):
+    write_patients(tmp_path / "patients.csv")
+    draft_run(tmp_path)
+    (tmp_path / "slow.py").write_text(SLOW, encoding="utf-8")
+    text = (tmp_path / "run.toml").read_text(encoding="utf-8")
+    (tmp_path / "run.toml").write_text(text.replace('"independent"', '"slow:Slow"'))
+
+    with started(tmp_path, "run", "run.toml") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "2/5" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        _, said = process.communicate(timeout=60)
+    (command,) = re.findall(r"fedsynth (run --resume \S+)", said)
+    resumed = in_process(tmp_path, *command.split())
+
+    assert process.returncode == 7, said
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("from the ledger") in (2, 3)  # the rounds that were done before
+    book = in_process(tmp_path, "ledger", "--format", "json")
+    (population,) = json.loads(book.stdout)["populations"]
+    assert [row["state"] for row in population["rows"]] == ["released"] * 5
+    assert population["spent"] <= 1.0
 
 
 def test_verify_finds_a_release_whole(finished: Path, fedsynth: Command):
