@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drive a strategy in this process, without ledger or client: for research, never for a release."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core import mechanism
+from ..core.query import Query, Strategy
+from ..core.randomness import KeyStream, OsKeyStream, coins
+from ..core.records import BoundedShard, Records
+from ..core.schema import Schema
+from ..core.synthesizer import Synthesizer
+
+_TINY = 1e-9  # noise multiplier that stands for none
+_BLOCK = 1 << 22  # numbers in a block of dense rows
+_MOST_USERS = 1 << 13  # users in a block
+
+
+def direct_run(
+    strategy: Strategy,
+    schema: Schema,
+    shard: BoundedShard,
+    noise_multiplier: float,
+    *,
+    rng: np.random.Generator,
+    stream: KeyStream | None = None,
+) -> Synthesizer:
+    """What a strategy learns from one shard, with the noise of a run and none of its safeguards.
+
+    The sums are those of a run with central noise: clipped, on the lattice, with noise from the
+    operating system. But nothing is charged, no policy is asked and nobody keeps a record, so
+    the result is for research and benchmarks and is NOT a release.
+
+    Args:
+      strategy: The method.
+      schema: Public schema of the records.
+      shard: All users, as one client.
+      noise_multiplier: The run's dial, as from `accounting.calibrate`.
+      rng: Public randomness of the strategy.
+      stream: Secret randomness of noise and sampling; `None`: the operating system's.
+
+    Privacy:
+      Each sum has the noise that its query asks for, and is not accounted for anywhere.
+    """
+    secret = OsKeyStream() if stream is None else stream
+
+    def noisy(query: Query, total: NDArray[np.int64]) -> NDArray[np.int64]:
+        stddev = query.noise_multiplier * query.clip
+        lattice = mechanism.Lattice.of(query)
+        return mechanism.noised(total, stddev=stddev, lattice=lattice, stream=secret)
+
+    return _drive(strategy, schema, shard, noise_multiplier, rng, secret, noisy)
+
+
+def non_private(
+    strategy: Strategy, schema: Schema, shard: BoundedShard, rng: np.random.Generator
+) -> Synthesizer:
+    """What a strategy learns from exact sums: the bound that no amount of budget passes.
+
+    Users are clipped and sampled as ever, but no noise is added; a sum's standard deviation is
+    reported as a billionth of its clip or less, since a strategy may divide by it.
+
+    Args:
+      strategy: The method.
+      schema: Public schema of the records.
+      shard: All users, as one client.
+      rng: Public randomness of the strategy.
+
+    Privacy:
+      None. The result is for comparison only and must not leave the owner of the records.
+    """
+    return _drive(strategy, schema, shard, _TINY, rng, OsKeyStream(), lambda query, total: total)
+
+
+def prior(
+    strategy: Strategy, schema: Schema, noise_multiplier: float, rng: np.random.Generator
+) -> Synthesizer:
+    """What a strategy makes of pure noise: the baseline at epsilon = 0.
+
+    The same run over no users at all, so it holds no information on anyone.
+
+    Args:
+      strategy: The method.
+      schema: Public schema.
+      noise_multiplier: The dial of the run that this is compared with.
+      rng: Public randomness of the strategy.
+    """
+    return direct_run(strategy, schema, _nobody(schema), noise_multiplier, rng=rng)
+
+
+def _drive(
+    strategy: Strategy,
+    schema: Schema,
+    shard: BoundedShard,
+    noise_multiplier: float,
+    rng: np.random.Generator,
+    stream: KeyStream,
+    noisy: Callable[[Query, NDArray[np.int64]], NDArray[np.int64]],
+) -> Synthesizer:
+    """The loop: query, answer in blocks, sum, noise, until the strategy returns."""
+    (local,) = rng.spawn(1)
+    rounds = strategy.rounds(schema, noise_multiplier, rng)
+    query = next(rounds)
+    while True:
+        total = noisy(query, _summed(strategy, query, shard, local, stream))
+        sent = mechanism.real_sum(
+            total,
+            stddev=query.noise_multiplier * query.clip,
+            lattice=mechanism.Lattice.of(query),
+            num_clients=1,
+        )
+        try:
+            query = rounds.send(sent)
+        except StopIteration as end:
+            learned: Synthesizer = end.value
+            return learned
+
+
+def _summed(
+    strategy: Strategy,
+    query: Query,
+    shard: BoundedShard,
+    rng: np.random.Generator,
+    stream: KeyStream,
+) -> NDArray[np.int64]:
+    """Exact clipped sum of all users, on the query's lattice."""
+    if query.sampling_prob < 1:
+        shard = shard.only(coins(shard.num_users, query.sampling_prob, stream))
+    size = _MOST_USERS if query.cells else max(1, min(_MOST_USERS, _BLOCK // query.dim))
+    total = np.zeros(query.dim, dtype=np.int64)
+    for block in shard.blocks(size):
+        total += mechanism.clipped_sum(strategy.answer(query, block, rng), query)
+    return total
+
+
+def _nobody(schema: Schema) -> BoundedShard:
+    """A shard without users."""
+    codes = np.zeros((0, len(schema.columns)), dtype=np.int32)
+    images = None if schema.image is None else np.zeros((0, *schema.image.shape), dtype=np.uint8)
+    return BoundedShard(Records(codes, images), np.zeros(0, dtype=np.int64), 0, 1)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Independent columns: measure every column's histogram once, sample each column by itself."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.errors import ConfigError
+from ..core.query import Contribution, Query, Rounds, Strategy
+from ..core.records import BoundedShard, Records
+from ..core.schema import Schema
+from ..core.synthesizer import Synthesizer
+from .parts.histograms import norm_clip
+from .parts.simplex import pooled_total, to_simplex
+
+if TYPE_CHECKING:
+    from dp_accounting.dp_event import DpEvent
+
+
+@dataclass(frozen=True)
+class Independent(Strategy):
+    """One query: the histograms of all columns, laid end to end.
+
+    Attributes:
+      max_norm: L2 bound of a user, in units of one record's norm. 1 fits users with one record;
+        a user with more keeps the direction of all of them, scaled down.
+
+    Privacy:
+      A record lights one cell in each of K columns, so it has the norm sqrt(K). A user's records
+      are summed and clipped at `max_norm * sqrt(K)`.
+    """
+
+    max_norm: float = 1.0
+    name: ClassVar[str] = "independent"
+
+    def __post_init__(self) -> None:
+        """Refuse a bound that is not above 0."""
+        if not 0 < self.max_norm < math.inf:
+            raise ConfigError(f"max_norm must be a number above 0, not {self.max_norm!r}")
+
+    def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
+        """One Gaussian sum."""
+        from ..core.accounting import single_event
+
+        tables_only(schema, self.name)
+        return single_event(noise_multiplier)
+
+    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
+        """Ask once, bring each histogram to the simplex."""
+        tables_only(schema, self.name)
+        noisy = yield Query(
+            "histograms",
+            dim=schema.num_cells,
+            clip=norm_clip(np.ones(len(schema.columns)), self.max_norm),
+            noise_multiplier=noise_multiplier,
+            inputs={"offsets": schema.offsets[:-1]},
+            cells=True,
+        )
+        histograms = np.split(noisy.vector, schema.offsets[1:-1])
+        total = pooled_total((counts, noisy.stddev) for counts in histograms)
+        probs = [to_simplex(counts, total) for counts in histograms]
+        return Columns(schema, tuple(p / p.sum() for p in probs))
+
+    def answer(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
+        """The cell of each record in each column."""
+        cells = shard.records.codes + query.inputs["offsets"]
+        return Contribution.cells(cells, shard.user_index, num_users=shard.num_users)
+
+
+@dataclass(frozen=True)
+class Columns(Synthesizer):
+    """Columns that know nothing of each other.
+
+    Attributes:
+      schema: Schema of the records.
+      probs: Probability of each cell, one array a column.
+    """
+
+    schema: Schema
+    probs: tuple[NDArray[np.float64], ...]
+    kind: ClassVar[str] = "columns"
+
+    def sample(self, num_records: int, rng: np.random.Generator) -> Records:
+        """Records whose columns hold each cell as often as expected, give or take one."""
+        codes = np.empty((num_records, len(self.probs)), dtype=np.int32)
+        for column, probs in enumerate(self.probs):
+            codes[:, column] = rng.permutation(rounded_cells(probs, num_records, rng))
+        return Records(codes)
+
+    def settings(self) -> dict[str, Any]:
+        """Nothing: all it knows are arrays."""
+        return {}
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All probabilities, laid end to end."""
+        return {"probs": np.concatenate(self.probs)}
+
+    @classmethod
+    def restore(
+        cls, schema: Schema, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
+    ) -> Self:
+        """The synthesizer that was saved.
+
+        Raises:
+          ConfigError: The arrays are not those of a `Columns` of this schema.
+        """
+        return cls(schema, split_probs(schema, tensors.get("probs", np.zeros(0))))
+
+
+def tables_only(schema: Schema, strategy: str) -> None:
+    """Refuse a schema that marginals cannot describe.
+
+    Raises:
+      ConfigError: The schema has an image column, or no table column.
+    """
+    if schema.image is not None or not schema.columns:
+        raise ConfigError(
+            f"strategy {strategy!r} learns tables; the schema holds the image column"
+            f" {schema.image.name if schema.image else None!r}. Remove it from the schema, or"
+            " take a strategy for images: private_evolution, dp_merf, dp_fedavg"
+        )
+
+
+def split_probs(schema: Schema, flat: NDArray[Any]) -> tuple[NDArray[np.float64], ...]:
+    """Saved probabilities by column, after checks.
+
+    Raises:
+      ConfigError: They are not one distribution for each column.
+    """
+    probs = np.asarray(flat, dtype=np.float64)
+    if probs.shape != (schema.num_cells,) or not (probs >= 0).all():
+        raise ConfigError("a saved synthesizer whose probabilities do not fit the schema")
+    parts = tuple(np.split(probs, schema.offsets[1:-1]))
+    if not all(abs(part.sum() - 1) < 1e-6 for part in parts):
+        raise ConfigError("a saved synthesizer with probabilities that do not add up to one")
+    return parts
+
+
+def rounded_cells(
+    probs: NDArray[np.float64], num_records: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Cells in rising order, each as often as expected, rounded up or down without bias."""
+    ends = np.cumsum(probs)
+    ends *= num_records / ends[-1]
+    ends[-1] = num_records
+    counts = np.diff(np.floor(ends + rng.random()), prepend=0.0)
+    return np.repeat(np.arange(len(probs)), counts.astype(np.int64))

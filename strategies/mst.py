@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MST in three sums: columns, coarse tables of all pairs, then the tables of the best tree."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.errors import ConfigError
+from ..core.query import Contribution, Query, Rounds, Strategy
+from ..core.records import BoundedShard, Records
+from ..core.schema import Schema
+from ..core.synthesizer import Synthesizer
+from .independent import split_probs, tables_only
+from .parts.coarsen import coarsen
+from .parts.denoise import shrink
+from .parts.forest import best_forest
+from .parts.histograms import Grid, Histograms, Measured, cells_of
+from .parts.tree_model import Link, TreeModel, columns_of, fit, scaled, total_of
+
+if TYPE_CHECKING:
+    from dp_accounting.dp_event import DpEvent
+
+_CLEAR = 4.0  # noise deviations that the mean cell of a coarse table stands above zero
+_FEWEST_CELLS = 4  # of a column in a coarse table, however much noise there is
+_SURE = 1.3  # how far above the noise a pair must stand to be linked; more noise, fewer links
+_FITTINGS = 8  # proportional fittings of a coarse table to its columns
+
+
+@dataclass(frozen=True)
+class Mst(Strategy):
+    """A tree of pairs, found and measured in three rounds of sums.
+
+    1. ``columns``: the histogram of every column.
+    2. ``pairs``: the table of every pair of columns, each merged to a few cells that the first
+       round found to be about equally heavy. The tables are denoised, and the tree that fits all
+       of them best is chosen: post-processing. A pair that does not stand out from the noise is
+       never linked, so that under heavy noise the tree falls apart into independent columns.
+    3. ``tree``: the tables of the tree's pairs, at a finer grain, and once more the columns that
+       are linked to none.
+
+    The classical MST picks its edges by the exponential mechanism, which is no sum. Here all
+    that touches records is a clipped, noised sum, so it needs no trusted selector.
+
+    Attributes:
+      column_share: Share of the budget (of mu^2) for the first round.
+      select_share: Share for the second; the third has the rest.
+      select_cells: Most cells of a column in the second round.
+      pair_cells: Most cells of a column in the third; rarer cells are merged, and told apart
+        again by the column's own histogram.
+      max_norm: L2 bound of a user, in units of one record's norm. 1 fits users with one record.
+
+    Privacy:
+      In each query a record lights one cell in each histogram, at a height that the query sets.
+      A user's records are summed and clipped at `max_norm` times the norm of one record.
+
+    Reference:
+      McKenna, Miklau, Sheldon (2021), "Winning the NIST Contest", section 4,
+      https://arxiv.org/abs/2108.04978.
+    """
+
+    column_share: float = 0.4
+    select_share: float = 0.2
+    select_cells: int = 12
+    pair_cells: int = 32
+    max_norm: float = 1.0
+    name: ClassVar[str] = "mst"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot mean anything."""
+        shares = (self.column_share, self.select_share)
+        if not (min(shares) > 0 and sum(shares) < 1):
+            raise ConfigError(
+                "column_share and select_share must be above 0 and leave something of 1 for the"
+                f" tree, not {self.column_share!r} and {self.select_share!r}"
+            )
+        if min(self.select_cells, self.pair_cells) < 2:
+            raise ConfigError(
+                "select_cells and pair_cells must be 2 or more,"
+                f" not {self.select_cells!r} and {self.pair_cells!r}"
+            )
+        if not 0 < self.max_norm < math.inf:
+            raise ConfigError(f"max_norm must be a number above 0, not {self.max_norm!r}")
+
+    def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
+        """Three Gaussian sums; one if there is a single column."""
+        from ..core.accounting import compose, single_event
+
+        tables_only(schema, self.name)
+        return compose(single_event(noise) for noise in self._noise(schema, noise_multiplier))
+
+    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
+        """Measure columns, choose the tree, measure the tree."""
+        tables_only(schema, self.name)
+        noise = self._noise(schema, noise_multiplier)
+        shape = schema.shape
+        bins = {i: c.num_bins for i, c in enumerate(schema.columns) if c.kind != "category"}
+
+        whole = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
+        alone = Histograms.balanced([(grid,) for grid in whole])
+        noisy = yield alone.query("columns", noise_multiplier=noise[0], max_norm=self.max_norm)
+        measured = alone.measured(noisy)
+        if len(shape) == 1:
+            return Tree(schema, fit(shape, measured, (), bins=bins))
+
+        counts = columns_of(shape, measured, total_of(measured), bins)
+        cells = self._coarse_cells(len(shape), total_of(measured), noise[1])
+        grids = [Grid(i, coarsen(column, cells)) for i, column in enumerate(counts)]
+        pairs = Histograms.balanced(list(combinations(grids, 2)))
+        noisy = yield pairs.query("pairs", noise_multiplier=noise[1], max_norm=self.max_norm)
+        coarse = pairs.measured(noisy)
+
+        total = total_of([*measured, *coarse])
+        counts = columns_of(shape, [*measured, *coarse], total, bins)
+        edges = _best_edges(counts, coarse, total)
+        grids = [Grid(i, coarsen(column, self.pair_cells)) for i, column in enumerate(counts)]
+        linked = {column for edge in edges for column in edge}
+        tree = Histograms.balanced(
+            [*((grids[a], grids[b]) for a, b in edges)]
+            + [(grid,) for grid in whole if grid.column not in linked]
+        )
+        noisy = yield tree.query("tree", noise_multiplier=noise[2], max_norm=self.max_norm)
+        measured = [*measured, *coarse, *tree.measured(noisy)]
+        return Tree(schema, fit(shape, measured, edges, bins=bins))
+
+    def answer(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
+        """The cell of each record in each histogram asked for."""
+        return cells_of(query, shard)
+
+    def _noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
+        """Noise multiplier of each round."""
+        from ..core.accounting import split
+
+        if len(schema.columns) == 1:
+            return (noise_multiplier,)
+        tree_share = 1 - self.column_share - self.select_share
+        return split(noise_multiplier, (self.column_share, self.select_share, tree_share))
+
+    def _coarse_cells(self, num_columns: int, total: float, noise_multiplier: float) -> int:
+        """Cells of a column in the second round, such that a mean cell clears the noise."""
+        stddev = noise_multiplier * self.max_norm * math.sqrt(math.comb(num_columns, 2))
+        clear = math.isqrt(int(min(total / (_CLEAR * stddev), self.select_cells**2)))
+        return min(max(clear, _FEWEST_CELLS), self.select_cells)
+
+
+@dataclass(frozen=True)
+class Tree(Synthesizer):
+    """Columns linked in a tree.
+
+    Attributes:
+      schema: Schema of the records.
+      model: The distribution; it also gives exact marginals.
+    """
+
+    schema: Schema
+    model: TreeModel
+    kind: ClassVar[str] = "tree"
+
+    def sample(self, num_records: int, rng: np.random.Generator) -> Records:
+        """Records by ancestral sampling, with the least variance in each link."""
+        return Records(self.model.sample(num_records, rng))
+
+    def settings(self) -> dict[str, Any]:
+        """Nothing: all it knows are arrays."""
+        return {}
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """Columns' probabilities, and the ends, groups and table of each link, laid end to end."""
+        links = self.model.links
+        sides = [grid.groups for link in links for grid in (link.left, link.right)]
+        return {
+            "probs": np.concatenate(self.model.columns),
+            "edges": np.array(self.model.edges, dtype=np.int32).reshape(-1, 2),
+            "groups": np.concatenate([*sides, np.zeros(0)]).astype(np.int32),
+            "tables": np.concatenate([*(link.table.ravel() for link in links), np.zeros(0)]),
+        }
+
+    @classmethod
+    def restore(
+        cls, schema: Schema, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
+    ) -> Self:
+        """The synthesizer that was saved.
+
+        Raises:
+          ConfigError: The arrays are not those of a `Tree` of this schema.
+        """
+        if set(tensors) != {"probs", "edges", "groups", "tables"}:
+            raise ConfigError("a saved tree holds exactly probs, edges, groups and tables")
+        probs = split_probs(schema, tensors["probs"])
+        edges = tensors["edges"].astype(np.int64)
+        groups = tensors["groups"].astype(np.int64)
+        tables = tensors["tables"].astype(np.float64)
+        part = list(range(len(probs)))
+        links = []
+        for a, b in edges.tolist() if edges.ndim == 2 and edges.shape[1] == 2 else [(-1, -1)]:
+            if not (0 <= a < len(part) and 0 <= b < len(part) and part[a] != part[b]):
+                raise ConfigError("a saved tree whose edges make a loop or leave the schema")
+            part = [part[a] if p == part[b] else p for p in part]
+            left, groups = _taken_grid(a, len(probs[a]), groups)
+            right, groups = _taken_grid(b, len(probs[b]), groups)
+            table, tables = np.split(tables, [left.size * right.size])
+            links.append(_checked_link(left, right, table, probs))
+        if groups.size or tables.size:
+            raise ConfigError("a saved tree with more numbers than its edges need")
+        return cls(schema, TreeModel(probs, tuple(links)))
+
+
+def _best_edges(
+    counts: Sequence[NDArray[np.float64]], coarse: Sequence[Measured], total: float
+) -> list[tuple[int, int]]:
+    """The tree that fits the denoised tables of all pairs best.
+
+    Args:
+      counts: Estimated counts of each column.
+      coarse: Noisy tables of all pairs; empty if the round was void.
+      total: Number of records; 0.0 if it is not known.
+    """
+    if not coarse or total <= 0:
+        return []
+    sizes = np.array([[grid.size for grid in table.grids] for table in coarse])
+    ends = np.array([[grid.column for grid in table.grids] for table in coarse])
+    width = int(sizes.max())
+    columns = np.zeros((len(counts), width))
+    tables = np.zeros((len(coarse), width, width))
+    for table, padded in zip(coarse, tables, strict=True):
+        rows, cols = table.counts.shape
+        padded[:rows, :cols] = table.counts / total
+        for grid in table.grids:
+            columns[grid.column, : grid.size] = grid.merge(counts[grid.column]) / total
+    first, second = columns[ends[:, 0]], columns[ends[:, 1]]
+    independent = first[:, :, None] * second[:, None, :]
+    stddevs = _SURE / total * np.array([table.stddev for table in coarse])
+    residuals = shrink(tables - independent, stddevs, sizes)
+    tables = np.maximum(independent + residuals, 1e-9 * independent)
+    for _ in range(_FITTINGS):
+        tables = scaled(tables, first, second)
+    pairs = np.zeros((len(counts), len(counts), width, width))
+    pairs[ends[:, 0], ends[:, 1]] = tables
+    pairs[ends[:, 1], ends[:, 0]] = tables.transpose(0, 2, 1)
+    linked = np.zeros((len(counts), len(counts)), dtype=np.bool_)
+    linked[ends[:, 0], ends[:, 1]] = np.abs(residuals).sum(axis=(1, 2)) > 0
+    return best_forest(columns, pairs, linked | linked.T)
+
+
+def _taken_grid(
+    column: int, num_cells: int, groups: NDArray[np.int64]
+) -> tuple[Grid, NDArray[np.int64]]:
+    """The first grid in saved groups, and the groups after it."""
+    own, rest = np.split(groups, [num_cells])
+    present = np.unique(own)
+    if len(own) != num_cells or not np.array_equal(present, np.arange(len(present))):
+        raise ConfigError("a saved tree whose groups do not fit the schema")
+    return Grid(column, own), rest
+
+
+def _checked_link(
+    left: Grid, right: Grid, table: NDArray[np.float64], probs: Sequence[NDArray[np.float64]]
+) -> Link:
+    """A saved link whose table agrees with its columns."""
+    if len(table) != left.size * right.size or not (table >= 0).all():
+        raise ConfigError("a saved tree with a table of another size, or numbers below zero")
+    table = table.reshape(left.size, right.size)
+    for grid, sums in ((left, table.sum(axis=1)), (right, table.sum(axis=0))):
+        if not np.abs(sums - grid.merge(probs[grid.column])).max() < 1e-6:
+            raise ConfigError("a saved tree with a table that contradicts its columns")
+    return Link(left, right, table)
