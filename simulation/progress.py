@@ -28,23 +28,21 @@ def shown(console: "Console", *, quiet: bool = False) -> Iterator[Callable[["Rou
 
     bar = Progress(
         BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[rest]}"),
+        TextColumn("{task.fields[said]}"),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
     with bar:
         console.print(_HEADER, style="bold", highlight=False, soft_wrap=True)
-        task = bar.add_task("rounds", total=None, rest="waiting for the first round")
-        asked: list[float] = []  # times of rounds that were asked, not replayed
+        task = bar.add_task("rounds", total=None, said="waiting for the first round")
+        num_asked = 0
 
         def on_event(event: "RoundEvent") -> None:
-            if not event.replayed:
-                asked.append(event.seconds)
-            bar.update(
-                task, total=event.num_rounds, completed=event.round, rest=_rest(event, asked)
-            )
+            nonlocal num_asked
+            num_asked += not event.replayed
+            said = f"{event.round}/{event.num_rounds}  {to_go(event, num_asked)}"
+            bar.update(task, total=event.num_rounds, completed=event.round, said=said)
             if is_shown(event):
                 style = "yellow" if event.void else None
                 console.print(line_of(event), style=style, highlight=False, soft_wrap=True)
@@ -79,11 +77,9 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def _rest(event: "RoundEvent", asked: list[float]) -> str:
-    """Time to go, judged by the rounds that were asked so far."""
+def to_go(event: "RoundEvent", num_asked: int) -> str:
+    """Time to go, judged by the rounds that were asked so far, not those from the ledger."""
     left = event.num_rounds - event.round
     if not left:
         return "learning and sampling"
-    if not asked:
-        return ""
-    return f"ETA {duration(event.seconds / len(asked) * left)}"
+    return f"ETA {duration(event.seconds / num_asked * left)}" if num_asked else ""
