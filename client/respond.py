@@ -27,7 +27,7 @@ from .site import Site
 
 _log = logging.getLogger(__name__)
 _BLOCK_BYTES = 1 << 26  # dense rows held at a time
-_CELL_USERS = 1 << 16  # users counted at a time
+_BLOCK_CELLS = 1 << 20  # cells counted at a time
 
 
 def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
@@ -59,6 +59,11 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
         return _refused(ask, ClientCode.SHARD_INVALID)
     if shard.num_users < site.policy.min_users:
         return _refused(ask, ClientCode.POLICY_REFUSED)
+    try:
+        block_users = _users_a_block(strategy, ask.query, shard)
+    except (ConfigError, ValueError, TypeError, KeyError, IndexError) as error:
+        _log.error("a request that %s cannot answer for anybody: %s", ask.strategy, error)
+        return _refused(ask, ClientCode.MALFORMED)
     refusal = site.odometer.join(ask, cap=site.policy.cap)
     if refusal is not None:
         return _refused(ask, refusal)
@@ -71,7 +76,10 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
         total = np.frombuffer(reserved, dtype="<i8").astype(np.int64)
     else:
         total = _noise_share(
-            _sum_over_users(ask, strategy, shard, stream), ask, unit.max_clients, stream
+            _sum_over_users(ask, strategy, shard, block_users, stream),
+            ask,
+            unit.max_clients,
+            stream,
         )
         at("before-client-store")
         site.odometer.store(ask, total.astype("<i8").tobytes())
@@ -102,17 +110,32 @@ def _refused(ask: Ask, code: ClientCode) -> Reply:
     return Reply(ask.run, ask.round, ask.attempt, code)
 
 
+def _users_a_block(strategy: Strategy, query: Query, shard: BoundedShard) -> int:
+    """Users answered at a time, so that memory is bounded by blocks and not by the shard.
+
+    Answers for nobody first: what fails here fails for everyone, by the request's own fault, and
+    no record was looked at.
+    """
+    nobody = shard.only(np.zeros(shard.num_users, dtype=np.bool_))
+    answer = strategy.answer(query, nobody, np.random.default_rng(0))
+    if not isinstance(answer, Contribution):
+        raise TypeError("its answer is not a Contribution")
+    if answer.indices is None:
+        return max(1, _BLOCK_BYTES // (8 * query.dim))
+    width = answer.indices.shape[1] if answer.indices.ndim == 2 else 1
+    return max(1, _BLOCK_CELLS // max(1, width * shard.max_records))
+
+
 def _sum_over_users(
-    ask: Ask, strategy: Strategy, shard: BoundedShard, stream: KeyStream
+    ask: Ask, strategy: Strategy, shard: BoundedShard, block_users: int, stream: KeyStream
 ) -> NDArray[np.int64]:
     """Exact sum of clipped vectors of the users whose secret coin came up, `(dim,)`."""
     query = ask.query
     if query.sampling_prob < 1:
         shard = shard.only(coins(shard.num_users, query.sampling_prob, stream))
-    size = _CELL_USERS if query.cells else max(1, _BLOCK_BYTES // (8 * query.dim))
     total = np.zeros(query.dim, dtype=np.int64)
     at("before-clip")
-    for block in shard.blocks(size):
+    for block in shard.blocks(block_users):
         total += block_sum(strategy, query, block, seed=(ask.public_seed, ask.round))
     at("after-clip")
     return total
