@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn codes back into values people can read, and save them as data files."""
+
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import SchemaError
+from .records import Records
+from .schema import Column, Schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_INT64 = 2.0**63
+
+
+def decode(schema: Schema, records: Records, rng: np.random.Generator) -> "pa.Table":
+    """A table of values, one column for each of the schema's table columns.
+
+    A category reads as its text, an integer is drawn among the integers of its bin, a real
+    number uniformly within its bin, a missing value is null. Encoding the table by the same
+    schema gives the same codes, as long as every bin of an integer column holds an integer.
+
+    Args:
+      schema: Public schema of the records.
+      records: Codes; images are left out.
+      rng: Where within its bin a number lies; the same `rng` gives the same table.
+
+    Raises:
+      SchemaError: The codes have another number of columns than the schema.
+    """
+    import pyarrow as pa
+
+    if records.codes.ndim != 2 or records.codes.shape[1] != len(schema.columns):
+        raise SchemaError(
+            f"records of shape {records.codes.shape} do not fit a schema of"
+            f" {len(schema.columns)} table columns"
+        )
+    columns = [_values(c, records.codes[:, i], rng) for i, c in enumerate(schema.columns)]
+    return pa.table(columns, names=list(schema.names))
+
+
+def save_records(
+    schema: Schema, records: Records, rng: np.random.Generator, folder: Path
+) -> list[Path]:
+    """Write records below `folder`, and the files that were written.
+
+    `data/synthetic.parquet` holds the table, if the schema has table columns; `data/images.npz`
+    holds the images under the image column's name and the table columns beside them, as integers
+    where they are, else as text. The same records and `rng` give the same bytes.
+    """
+    import pyarrow.parquet as pq
+
+    target = folder / "data"
+    target.mkdir(parents=True, exist_ok=True)
+    table = decode(schema, records, rng)
+    written: list[Path] = []
+    if schema.columns:
+        written.append(target / "synthetic.parquet")
+        pq.write_table(table, written[-1], compression="zstd", write_page_checksum=True)
+    if schema.image is not None:
+        if records.images is None:
+            raise SchemaError(f"the records hold no images for the column {schema.image.name!r}")
+        arrays: dict[str, NDArray[Any]] = {schema.image.name: records.images}
+        for i, column in enumerate(schema.columns):
+            arrays[column.name] = _array(column, records.codes[:, i], table.column(column.name))
+        written.append(target / "images.npz")
+        _save_npz(written[-1], arrays)
+    return written
+
+
+def _values(column: Column, codes: NDArray[np.int32], rng: np.random.Generator) -> "pa.Array":
+    """The values of one column."""
+    import pyarrow as pa
+
+    missing = codes == column.num_cells - 1 if column.missing else np.zeros(len(codes), np.bool_)
+    if column.kind == "category":
+        indices = pa.array(codes, mask=missing)
+        categories = pa.array(column.categories, type=pa.string())
+        return categories.take(indices)
+    bins = np.where(missing, 0, codes)
+    if column.kind == "integer":
+        return pa.array(_integers(column, bins, rng), mask=missing)
+    low, high = column.edges[bins], column.edges[bins + 1]
+    reals = np.minimum(low + rng.random(len(bins)) * (high - low), np.nextafter(high, low))
+    return pa.array(np.maximum(reals, low), mask=missing)
+
+
+def _integers(column: Column, bins: NDArray[Any], rng: np.random.Generator) -> NDArray[np.int64]:
+    """A uniform integer of each bin; the nearest one where a bin holds none."""
+    edges = np.clip(column.edges, -_INT64, np.nextafter(_INT64, 0))
+    first = np.ceil(edges[:-1])
+    last = np.ceil(edges[1:]) - 1
+    last[-1] = np.floor(edges[-1])  # the top edge belongs to the last bin
+    empty = last < first
+    middle = np.clip(np.rint((edges[:-1] + edges[1:]) / 2), np.ceil(edges[0]), edges[-1])
+    first, last = np.where(empty, middle, first), np.where(empty, middle, last)
+    lows, highs = first.astype(np.int64), last.astype(np.int64)
+    drawn: NDArray[np.int64] = rng.integers(lows[bins], highs[bins], endpoint=True)
+    return drawn
+
+
+def _array(column: Column, codes: NDArray[np.int32], values: "pa.ChunkedArray") -> NDArray[Any]:
+    """One column as a plain array: missing text is empty, a missing number is NaN."""
+    if column.kind != "category":
+        return np.asarray(values.to_numpy())
+    if not column.missing and all(_is_whole(c) for c in column.categories):
+        return np.array([int(c) for c in column.categories], dtype=np.int64)[codes]
+    return np.array([*column.categories, ""], dtype=np.str_)[codes]
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a category is the plain spelling of a 64-bit integer."""
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and len(digits) < 19 and str(int(text)) == text
+
+
+def _save_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write arrays as `numpy.savez_compressed` does, whatever their names are, dateless."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, so that equal data is equal bytes
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = 0o644 << 16
+            with archive.open(entry, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
