@@ -36,6 +36,7 @@ check: lint types
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 types: $(VENV)/.dev .typecheck/fedsynth
 	$(BIN)/mypy

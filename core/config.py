@@ -3,6 +3,7 @@
 
 import difflib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -162,8 +163,12 @@ class RunConfig(_Section):
         Raises:
           ConfigError: An epsilon, delta or unit is impossible or too weak.
         """
-        self.population.cap.check_users(self.population.num_users)
-        self.run_budget.check_users(self.population.num_users)
+        for section in ("population", "budget"):
+            try:
+                budget = self.population.cap if section == "population" else self.run_budget
+                budget.check_users(self.population.num_users)
+            except ConfigError as error:
+                raise ConfigError(f"[{section}] {error}") from error
         _ = self.privacy_unit
         return self
 
@@ -175,12 +180,13 @@ def read_config(path: Path) -> RunConfig:
       ConfigError: The file cannot be read, a key is unknown, or a value cannot be.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path} does not parse: {error}") from error
-    return parse_config(data, base=path.parent, where=path.name)
+    return parse_config(data, base=path.parent, where=path.name, text=text)
 
 
 def read_started(path: Path) -> tuple[str, RunConfig]:
@@ -220,29 +226,51 @@ def run_file(named: str) -> Path:
     return found
 
 
-def parse_config(data: dict[str, Any], *, base: Path, where: str = "run.toml") -> RunConfig:
-    """The checked configuration in plain data; relative paths start from `base`."""
+def parse_config(
+    data: dict[str, Any], *, base: Path, where: str = "run.toml", text: str = ""
+) -> RunConfig:
+    """The checked configuration in plain data; relative paths start from `base`.
+
+    With the `text` that the data was read from, messages name its lines.
+    """
     if "base" in data:
         raise ConfigError(f"{where}: unknown key 'base'")
     try:
         return RunConfig.model_validate({**data, "base": base}).check()
     except ValidationError as error:
-        raise ConfigError(_explained(error, where)) from error
+        raise ConfigError(_explained(error, where, text)) from error
 
 
-def _explained(error: ValidationError, where: str) -> str:
+def _explained(error: ValidationError, where: str, text: str) -> str:
     """The first few problems, each with what was expected and what came."""
     lines = []
     for problem in error.errors()[:5]:
         key = ".".join(str(part) for part in problem["loc"])
+        number = _line_of(problem["loc"], text)
+        place = f"{where}, line {number}" if number else where
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key {key!r}{_did_you_mean(problem['loc'])}")
+            lines.append(f"{place}: unknown key {key!r}{_did_you_mean(problem['loc'])}")
         elif problem["type"] == "missing":
-            lines.append(f"{where}: {key} is missing")
+            lines.append(f"{place}: {key} is missing")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {key} = {problem['input']!r}: {message}")
+            lines.append(f"{place}: {key} = {problem['input']!r}: {message}")
     return "\n".join(lines)
+
+
+def _line_of(location: tuple[int | str, ...], text: str) -> int | None:
+    """The line of a TOML file on which a key, or else its table, stands; from 1."""
+    table, key = [str(part) for part in location[:-1]], str(location[-1])
+    inside, found = not table, None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
+            named = header[1].replace("-", "_").split(".")
+            inside = named == table
+            if inside or named == [*table, key]:
+                found = number
+        elif inside and line.partition("=")[0].strip().replace("-", "_") == key:
+            return number
+    return found
 
 
 def _did_you_mean(location: tuple[int | str, ...]) -> str:

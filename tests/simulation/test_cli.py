@@ -204,8 +204,43 @@ def test_an_unknown_key_gets_a_hint(fedsynth: Command, tmp_path: Path):
     refused = fedsynth("plan", "run.toml")
 
     assert refused.exit_code == 2
+    line = text.splitlines().index("[strategy]") + 1
+    assert f"run.toml, line {line}: unknown key 'startegy'" in refused.stderr
     assert "did you mean 'strategy'" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("clients = 10", "cleints = 10", "unknown key 'engine.cleints'"),
+        ("clients = 10", 'clients = "ten"', "engine.clients = 'ten'"),
+        ("num_users = 200", "num_users = 0", "population.num_users = 0"),
+    ],
+)
+def test_an_error_names_the_line(
+    fedsynth: Command, tmp_path: Path, before: str, after: str, said: str
+):
+    fedsynth("init", "patients.csv", *OPTIONS)
+    text = (tmp_path / "run.toml").read_text(encoding="utf-8")
+    (line,) = (n for n, each in enumerate(text.splitlines(), 1) if each.startswith(before))
+    (tmp_path / "run.toml").write_text(text.replace(before, after), encoding="utf-8")
+
+    refused = fedsynth("plan", "run.toml")
+
+    assert refused.exit_code == 2
+    assert f"error: run.toml, line {line}: {said}" in refused.stderr
+
+
+def test_a_promise_that_means_nothing_is_refused_in_its_section(fedsynth: Command, tmp_path: Path):
+    fedsynth("init", "patients.csv", *OPTIONS)
+    text = (tmp_path / "run.toml").read_text(encoding="utf-8")
+    (tmp_path / "run.toml").write_text(text.replace("delta = 1e-06", "delta = 0.02"))
+
+    refused = fedsynth("plan", "run.toml")
+
+    assert refused.exit_code == 2
+    assert "[population] privacy delta = 0.02 is too weak for 200 users" in refused.stderr
 
 
 def test_a_missing_file_is_an_error_and_not_a_traceback(fedsynth: Command):
