@@ -111,6 +111,7 @@ def finished(folder: Path, config: RunConfig) -> Finished:
         synthetic = release.synthesizer.sample(
             release.card.num_records, sample_rng(release.card.seed)
         )
-        quality = quality_of(real, synthetic, schema, orders=(1, 2))
-        by_column = column_variation(real, synthetic, schema)
+        if len(real):
+            quality = quality_of(real, synthetic, schema, orders=(1, 2))
+            by_column = column_variation(real, synthetic, schema)
     return Finished(folder, release.card, population, quality, by_column)

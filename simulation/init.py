@@ -211,9 +211,10 @@ def _judged(
     if name in categories:
         return replace(column, type="category", categories=categories[name])
     if name in bounds:
-        if column.type not in ("integer", "real"):
+        if column.type not in ("integer", "real", "category"):
             raise ConfigError(f"column {name!r} is {column.type}, so bounds mean nothing for it")
-        return replace(column, bounds=bounds[name])
+        kind = "real" if column.type == "category" else column.type  # text that spells numbers
+        return replace(column, type=kind, bounds=bounds[name])
     match column.type:
         case "integer" | "real":
             return replace(column, needs="bounds", note=f"--bounds {name}=LOW,HIGH")

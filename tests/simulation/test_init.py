@@ -149,6 +149,12 @@ def test_a_number_given_categories_becomes_a_category(patients: Path):
     assert tomllib.loads(made.schema_toml)["columns"]["age"]["categories"] == ["young", "old"]
 
 
+def test_a_text_given_bounds_becomes_a_number(patients: Path):
+    made = draft(patients, bounds={"sex": (0.0, 1.0)})
+
+    assert tomllib.loads(made.schema_toml)["columns"]["sex"]["type"] == "real"
+
+
 def test_images_are_found_in_an_archive(tmp_path: Path):
     path = tmp_path / "digits.npz"
     np.savez(path, images=np.zeros((3, 8, 8), np.uint8), digit=np.arange(3))
@@ -163,7 +169,7 @@ def test_options_that_fit_no_column_are_refused(patients: Path):
     with pytest.raises(ConfigError, match="no column 'aeg'"):
         draft(patients, bounds={"aeg": (0.0, 1.0)})
     with pytest.raises(ConfigError, match="bounds mean nothing"):
-        draft(patients, bounds={"sex": (0.0, 1.0)})
+        draft(patients, bounds={"smoker": (0.0, 1.0)})
 
 
 def test_a_file_without_a_usable_column_is_refused(tmp_path: Path):
