@@ -31,6 +31,7 @@ _APPLICATION_ID = 0x66736F64  # "fsod"
 _VERSION = 1
 _BUSY_S = 60.0
 _MAX_PLAN_ENTRIES = 4096  # kinds of sums in one plan; pricing takes time for each
+_MAX_ANSWER = 999_000_000  # bytes; SQLite holds a thousand million in a row
 _MIN_NOISE = 1e-3  # below, no budget holds a sum, and a price may overflow
 _TABLES = """
 CREATE TABLE heads (
@@ -104,12 +105,15 @@ class Odometer:
     def witness(self, server: str, head: tuple[int, str]) -> ClientCode | None:
         """Remember the newest head of a server's ledger; refuse one that went back or forked.
 
+        It outlives this process at once, and a loss of power from the next reservation on, so
+        before anything is answered.
+
         Args:
           server: Whose ledger: its name must be the same each time.
           head: Sequence number and hash of the ledger's last entry.
         """
         number, digest = head
-        with self._store.transaction() as db:
+        with self._store.transaction(synced=False) as db:
             row = db.execute(
                 "SELECT number, hash FROM heads WHERE client = ? AND server = ?",
                 (self._client, server),
@@ -196,8 +200,11 @@ class Odometer:
         """Keep an answer, durably, before it is sent.
 
         Raises:
-          FedsynthError: The question was not reserved, or was answered with other bytes.
+          FedsynthError: The question was not reserved, was answered with other bytes, or the
+            answer is larger than a row of the file may be.
         """
+        if len(total) > _MAX_ANSWER:
+            raise FedsynthError(f"an answer of more than {_MAX_ANSWER:,} bytes cannot be kept")
         digest = self._store.digest_of(ask)
         key = (self._client, ask.run, ask.round, ask.attempt)
         sha256 = hashlib.sha256(total).digest()
@@ -342,9 +349,11 @@ class _Store:
             return self._db.execute(statement, values).fetchall()
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Everything or nothing, and on disk when it ends."""
+    def transaction(self, *, synced: bool = True) -> Iterator[sqlite3.Connection]:
+        """Everything or nothing, and on disk when it ends, or else with the next that is synced."""
         with self._lock, _whole(self._path):
+            # said each time, so that no failure can leave a later reservation without its sync
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -465,7 +474,6 @@ def _touch(path: Path) -> None:
 def _prepare(db: sqlite3.Connection, path: Path) -> None:
     """Make writes durable, and the tables unless they are there."""
     db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA secure_delete = FAST")  # overwrites what costs no further write
     db.execute("BEGIN IMMEDIATE")
     (found,) = db.execute("PRAGMA application_id").fetchone()

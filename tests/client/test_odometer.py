@@ -527,10 +527,11 @@ def test_only_the_owner_may_read_the_file(path: Path, odometer: Odometer):
 
 
 def test_writes_wait_for_the_disk(path: Path, odometer: Odometer):
-    db = odometer._store._db
+    odometer.witness("cardio", (1, "a"))  # rides on the next write's sync
 
-    assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    with odometer._store.transaction() as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
 
 def test_clients_of_one_process_share_a_connection(path: Path):
