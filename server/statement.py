@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A population's account, line by line, as `fedsynth ledger` prints it."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from ..core.accounting import Leaves, epsilon_of, event_of, leaves
+from ..core.errors import ConfigError
+from .ledger import Ledger, RoundState, Run, Stage
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line.
+
+    Attributes:
+      when: UTC, ISO 8601.
+      run: Its identity.
+      what: A round and its query, or all rounds of a run together.
+      unit: Who is protected: the column of user ids, or `record`.
+      epsilon: Of this line alone, at the cap's delta.
+      total: Epsilon of everything down to this line; the last is the population's.
+      state: How far a round has come, `charged, never released`, `committed` for what an open
+        run may still ask, or a whole run's state.
+    """
+
+    when: str
+    run: str
+    what: str
+    unit: str
+    epsilon: float
+    total: float
+    state: str
+
+
+def statement(ledger: Ledger, population: str) -> list[Row]:
+    """Every charge to a population; the last line's total is what `Ledger.spent` costs.
+
+    A run of unsampled sums has a line a round, and while it is open one for what it may still
+    ask. A run with sampled sums has one line, for it is charged as a whole.
+
+    Raises:
+      ConfigError: There is no such population.
+    """
+    found = {entry.name: entry for entry in ledger.populations()}
+    if population not in found:
+        raise ConfigError(
+            f"population {population!r} is not on {ledger.path}; it holds:"
+            f" {', '.join(found) or 'none'}"
+        )
+    lines: list[tuple[int, str, Run, str, Leaves, str]] = []  # (entry number, ...)
+    for run in ledger.runs(population):
+        plan = leaves(run.event)
+        entries = ledger.entries(run.run)
+        if any(prob < 1 for _, prob in plan):
+            what = f"all {plan.total()} rounds"
+            lines.append((entries[0].number, run.when, run, what, plan, run.state))
+            continue
+        reserved = [entry for entry in entries if entry.kind == "reserve"]
+        for entry, state in zip(reserved, ledger.attempts(run.run), strict=True):
+            leaf = (state.noise_multiplier, state.sampling_prob)
+            what = f"{state.query}, round {state.round}"
+            shown = _shown(state, run)
+            lines.append((entry.number, entry.time, run, what, Counter([leaf]), shown))
+            plan.subtract([leaf])
+        if run.state == "open" and +plan:
+            last, what = entries[-1], f"{plan.total()} rounds to come"
+            lines.append((last.number, last.time, run, what, +plan, "committed"))
+    total: Leaves = Counter()
+    delta, unit = found[population].cap.delta, found[population].unit
+    rows = []
+    for _, when, run, what, cost, state_ in sorted(lines, key=lambda line: line[0]):
+        total.update(cost)
+        alone, so_far = epsilon_of(event_of(cost), delta), epsilon_of(event_of(total), delta)
+        rows.append(Row(when, run.run, what, unit, alone, so_far, state_))
+    return rows
+
+
+def _shown(state: RoundState, run: Run) -> str:
+    """A round's state as a person reads it."""
+    if state.stage == Stage.VOID:
+        return f"charged, never released ({state.reason})"
+    if state.stage != Stage.RELEASED and run.state != "open":
+        return "charged, never released"
+    return str(state.stage)
