@@ -32,7 +32,6 @@ _VERSION = 1
 _BUSY_S = 60.0
 _MAX_PLAN_ENTRIES = 4096  # kinds of sums in one plan; pricing takes time for each
 _MAX_ANSWER = 999_000_000  # bytes; SQLite holds a thousand million in a row
-_MIN_NOISE = 1e-3  # below, no budget holds a sum, and a price may overflow
 _TABLES = """
 CREATE TABLE heads (
   client TEXT, server TEXT, number INTEGER NOT NULL, hash TEXT NOT NULL,
@@ -79,6 +78,13 @@ class Odometer:
     Several clients of a simulation may share a file; each sees its own rows alone. All clients
     of one process share one connection to it. The file is for the owner's eyes only (0600).
 
+    Args:
+      path: The file, made if there is none.
+      client: Whose rows.
+      synced: Every step is on the disk before it returns. `False`: it is with the operating
+        system, so it outlives this process but not a loss of power; for simulated clients only,
+        whose records lie on the machine of whoever asks.
+
     Raises:
       SecurityRefusal: The file is not an odometer, or is damaged. Never answered by starting
         anew, which would forget what was spent.
@@ -90,9 +96,10 @@ class Odometer:
       (None, <ClientCode.HEAD_REWOUND: 10>)
     """
 
-    def __init__(self, path: Path, client: str) -> None:
+    def __init__(self, path: Path, client: str, *, synced: bool = True) -> None:
         self._path = path.absolute()
         self._client = client
+        self._synced = synced
         self._kept = _store(self._path)
 
     @property
@@ -167,7 +174,7 @@ class Odometer:
         """
         digest = self._store.digest_of(ask)
         key = (self._client, ask.run, ask.round, ask.attempt)
-        with self._store.transaction() as db:
+        with self._store.transaction(synced=self._synced) as db:
             row = db.execute(
                 "SELECT digest, noise_here, is_answered FROM questions"
                 " WHERE client = ? AND run = ? AND round = ? AND attempt = ?",
@@ -208,7 +215,7 @@ class Odometer:
         digest = self._store.digest_of(ask)
         key = (self._client, ask.run, ask.round, ask.attempt)
         sha256 = hashlib.sha256(total).digest()
-        with self._store.transaction() as db:
+        with self._store.transaction(synced=self._synced) as db:
             reserved = db.execute(
                 "UPDATE questions SET is_answered = 1 WHERE client = ? AND run = ? AND round = ?"
                 " AND attempt = ? AND digest = ? AND NOT is_answered",
@@ -260,14 +267,12 @@ class Odometer:
             plan = _event(ask.plan)
         except ConfigError:
             return ClientCode.MALFORMED
-        with self._store.transaction() as db:
+        with self._store.transaction(synced=self._synced) as db:
             elsewhere = db.execute(
                 "SELECT digest FROM runs WHERE client = ? AND run = ?", (self._client, ask.run)
             ).fetchone()
             if elsewhere is not None:  # by another process just now, or on another population
                 return None if elsewhere[0] == digest else ClientCode.CONFLICT
-            if min((noise for noise, _ in leaves(plan)), default=1.0) < _MIN_NOISE:
-                return ClientCode.BUDGET_REFUSED
             committed = self._plans(ask.population).values()
             epsilon = epsilon_of(compose([*committed, plan]), cap.delta)
             if not epsilon <= cap.epsilon:
@@ -349,7 +354,7 @@ class _Store:
             return self._db.execute(statement, values).fetchall()
 
     @contextmanager
-    def transaction(self, *, synced: bool = True) -> Iterator[sqlite3.Connection]:
+    def transaction(self, *, synced: bool) -> Iterator[sqlite3.Connection]:
         """Everything or nothing, and on disk when it ends, or else with the next that is synced."""
         with self._lock, _whole(self._path):
             # said each time, so that no failure can leave a later reservation without its sync

@@ -120,7 +120,7 @@ def simulated_site(
         client=name,
         schema=schema,
         policy=Policy.for_simulation(config),
-        odometer=Odometer(state, name),
+        odometer=Odometer(state, name, synced=False),
         load=load,
         sum_is_secure=secure,
     )

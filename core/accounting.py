@@ -30,7 +30,7 @@ from .privacy import Budget
 
 PLD_INTERVAL = 1e-3
 _MANY_SUMS = 2000  # above so many sums the interval's own error adds up, so a finer one is used
-_MAX_NOISE = 1e6
+_LEAST_NOISE, _MAX_NOISE = 1e-3, 1e6  # of an event that is read; no promise lies beyond
 
 Leaves = Counter[tuple[float, float]]
 """How often each (noise_multiplier, sampling_prob) stands in an event."""
@@ -107,7 +107,7 @@ def from_json(data: Sequence[Mapping[str, Any]]) -> DpEvent:
             isinstance(count, int)
             and 0 < count <= 10**9
             and isinstance(noise, int | float)
-            and 0 < noise <= _MAX_NOISE
+            and _LEAST_NOISE <= noise <= _MAX_NOISE
             and isinstance(prob, int | float)
             and 0 < prob <= 1
         ):

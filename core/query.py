@@ -18,7 +18,7 @@ from .synthesizer import Synthesizer
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
-MAX_DIM = 1 << 27  # a sum of this length is one gibibyte
+MAX_DIM = 100_000_000  # a sum of this length is 0.8 GB; a client keeps it in one SQLite row
 
 
 @dataclass(frozen=True)

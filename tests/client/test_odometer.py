@@ -215,7 +215,7 @@ def test_a_plan_that_is_none_is_malformed(path: Path, plan: str):
 def test_a_plan_without_noise_to_speak_of_is_refused(path: Path, noise: float):
     plan = canonical([{"noise_multiplier": noise, "sampling_prob": 1.0, "count": 1}])
 
-    assert Odometer(path, "clinic").join(ask_of(plan=plan), cap=CAP) is ClientCode.BUDGET_REFUSED
+    assert Odometer(path, "clinic").join(ask_of(plan=plan), cap=CAP) is ClientCode.MALFORMED
 
 
 def test_processes_that_join_at_once_cannot_share_one_budget(crashes: Path):
@@ -529,7 +529,7 @@ def test_only_the_owner_may_read_the_file(path: Path, odometer: Odometer):
 def test_writes_wait_for_the_disk(path: Path, odometer: Odometer):
     odometer.witness("cardio", (1, "a"))  # rides on the next write's sync
 
-    with odometer._store.transaction() as db:
+    with odometer._store.transaction(synced=odometer._synced) as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
