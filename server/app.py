@@ -58,23 +58,34 @@ def _plan(path: Path, grid: Grid) -> Plan:
 
 
 def _fitted(config: RunConfig, grid: Grid) -> RunConfig:
-    """A configuration that asks as many clients as Flower's simulation has.
+    """A configuration that says what carries the messages of a run that `flwr run` began.
 
-    `flwr run` gives the number of simulated nodes, so a run that begins there takes its number;
-    everywhere else the configuration's own number stands.
+    `flwr run` also gives the number of simulated nodes, so in Flower's simulation that number is
+    asked; on a SuperLink the configuration's own number stands.
     """
-    if type(grid).__name__ != "InMemoryGrid":  # by name: its module has moved before
-        return config
+    engine = config.engine
+    if type(grid).__name__ == "InMemoryGrid":  # by name: its module has moved before
+        nodes = _simulated_nodes(grid)
+        if nodes != engine.clients:
+            _log.warning(
+                "Flower simulates %d nodes, so as many clients are asked, not engine.clients = %d",
+                nodes,
+                engine.clients,
+            )
+        quorum = min(engine.quorum, nodes)
+        update = {"kind": "ray", "clients": nodes, "min_clients": quorum}
+    else:
+        update = {"kind": "superlink"}
+    return config.model_copy(update={"engine": engine.model_copy(update=update)})
+
+
+def _simulated_nodes(grid: Grid) -> int:
+    """How many nodes a simulation has; they are registered one after another as it begins."""
     nodes = 0
     while nodes < 1 or nodes != len(list(grid.get_node_ids())):
         nodes = len(list(grid.get_node_ids()))
-        time.sleep(_SETTLED_S)  # nodes are registered one after another
-    engine = config.engine
-    if nodes == engine.clients:
-        return config
-    _log.warning("Flower simulates %d nodes; engine.clients = %d is left", nodes, engine.clients)
-    update = {"clients": nodes, "min_clients": min(engine.quorum, nodes)}
-    return config.model_copy(update={"engine": engine.model_copy(update=update)})
+        time.sleep(_SETTLED_S)
+    return nodes
 
 
 def _write_outcome(path: Path, error: FedsynthError) -> None:

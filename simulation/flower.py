@@ -48,7 +48,7 @@ def run_ray(plan: Plan, *, on_event: Listener, app_dir: Path | None = None) -> P
       FedsynthError: As the run itself raised it, or what Flower said if that failed.
     """
     start(plan)
-    with working_folder(plan) as folder, Processes(folder / "logs", environment(folder)) as ours:
+    with engine(plan) as (folder, ours):
         (port,) = free_ports(1)
         _log.info("starting Flower's simulation of %d nodes with Ray", plan.config.engine.clients)
         ours.serve(
@@ -88,7 +88,7 @@ def run_superlink(plan: Plan, *, on_event: Listener, app_dir: Path | None = None
       FedsynthError: As the run itself raised it, or what Flower said if that failed.
     """
     start(plan)
-    with working_folder(plan) as folder, Processes(folder / "logs", environment(None)) as ours:
+    with engine(plan, own_home=False) as (folder, ours):
         connection = plan.config.engine.connection
         _log.info("handing the run to the SuperLink %r", connection)
         return drive(
@@ -145,8 +145,14 @@ def drive(
 
 
 @contextmanager
-def working_folder(plan: Plan) -> Iterator[Path]:
-    """A folder beside the release for what an engine needs; of a failed run the logs stay.
+def engine(plan: Plan, *, own_home: bool = True) -> Iterator[tuple[Path, Processes]]:
+    """A working folder beside the release, and processes that end with the block.
+
+    Nothing stays of the folder but, when the run fails, the processes' logs.
+
+    Args:
+      plan: The run.
+      own_home: Flower keeps its files in the folder, not in the user's home.
 
     Raises:
       Interrupted: A person stopped the run.
@@ -154,42 +160,58 @@ def working_folder(plan: Plan) -> Iterator[Path]:
     folder = plan.config.path(plan.config.release.path) / f"{plan.run}.engine"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
-    kept: set[str] = set()
+    env = environment(folder) | ({"FLWR_HOME": str(folder)} if own_home else {})
+    keep_logs = False
     try:
-        yield folder
+        with Processes(folder / "logs", env) as ours:
+            yield folder, ours
     except KeyboardInterrupt as stop:
         raise Interrupted(
             "stopped. What was spent is on the ledger and nothing is lost. Resume:"
             f" fedsynth run --resume {start(plan)}"
         ) from stop
     except FedsynthError:
-        kept = {"logs"}
+        keep_logs = True
         _log.info("logs of the engine: %s", folder / "logs")
         raise
     finally:
-        for entry in [*folder.iterdir(), *([] if kept else [folder])]:
-            if entry.name not in kept:
+        _clear(folder, keep_logs=keep_logs)
+
+
+def _clear(folder: Path, *, keep_logs: bool) -> None:
+    """Remove an engine's working folder, or all of it but the logs."""
+    if not keep_logs:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            if entry.name != "logs":
                 shutil.rmtree(entry, ignore_errors=True)
-                entry.unlink(missing_ok=True)
+        else:
+            entry.unlink(missing_ok=True)
 
 
-def environment(home: Path | None) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """Environment of Flower's processes: what can be imported here can be imported there.
 
-    Args:
-      home: Flower's own folder; `None`: the user's.
+    This package goes first, under a link that makes it a package from the start. A checkout's
+    `fedsynth.py` becomes one only while it is imported, and Flower's simulation imports server
+    and client in two threads at once.
     """
-    importable = dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)
+    link = folder / "importable" / "fedsynth"
+    link.parent.mkdir()
+    link.symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
+    importable = [str(link.parent), *(str(Path(entry).absolute()) for entry in sys.path)]
     return {
         "PATH": search_path(),
-        "PYTHONPATH": os.pathsep.join(importable),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(importable)),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its default changes; saves a warning
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    } | ({"FLWR_HOME": str(home)} if home else {})
+    }
 
 
 def write_connection(home: Path, settings: Mapping[str, Any]) -> str:
@@ -268,12 +290,21 @@ def _followed(
         if flower.poll() is not None:
             ended_at = ended_at or time.monotonic()
             if time.monotonic() - ended_at > _GRACE_S:
-                raise FedsynthError(
-                    f"Flower ended the run without a release: {last_words(ours.said('flwr-run'))}"
-                    f"\nIts whole output: {ours.log('flwr-run')}"
-                    f"\nWhat was spent is on the ledger. Resume: fedsynth run --resume {started}"
-                )
+                raise _abandoned(ours, started)
         time.sleep(_POLL_S)
+
+
+def _abandoned(ours: Processes, started: Path) -> FedsynthError:
+    """Why there is neither a release nor an outcome, as far as Flower's own command tells."""
+    said, resume = ours.said("flwr-run"), f"Resume: fedsynth run --resume {started}"
+    if "started run" not in said:
+        return ConfigError(
+            f"Flower did not start the run: {last_words(said)}\nNothing was asked. {resume}"
+        )
+    return FedsynthError(
+        f"Flower ended the run without a release: {last_words(said)}\nIts whole output:"
+        f" {ours.log('flwr-run')}\nWhat was spent is on the ledger. {resume}"
+    )
 
 
 def _events(lines: TextIO) -> Iterator[RoundEvent]:

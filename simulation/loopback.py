@@ -5,6 +5,7 @@ import datetime
 import ipaddress
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +27,8 @@ from ..server.conduct import Plan, start
 from .flower import (
     Listener,
     drive,
-    environment,
+    engine,
     until_listening,
-    working_folder,
     write_connection,
 )
 from .processes import Processes, free_ports
@@ -82,7 +82,7 @@ def run_loopback(plan: Plan, *, on_event: Listener, app_dir: Path | None = None)
             f" 'loopback' takes at most {MAX_CLIENTS}, 'local' and 'ray' take more"
         )
     start(plan)
-    with working_folder(plan) as folder, Processes(folder / "logs", environment(folder)) as ours:
+    with engine(plan) as (folder, ours):
         _log.info("dealing the population out to %d clients, each with files of its own", clients)
         owners = deal(plan)
         write_certificates(folder)
@@ -124,7 +124,10 @@ def deal(plan: Plan) -> list[Owner]:
             each.mkdir(parents=True, exist_ok=True, mode=0o700)
         owners.append(Owner(f"client-{number}", folder, folder / "node.toml"))
     shards = _split(plan, config.path(config.data.path), [owner.folder for owner in owners])
+    source = config.path(config.data.path).stat()
     for owner, shard in zip(owners, shards, strict=True):
+        # as old as its source, so that what a client keeps of an unchanged shard stays good
+        os.utime(shard, ns=(source.st_atime_ns, source.st_mtime_ns))
         schema, policy = owner.folder / "schema.json", owner.folder / "policy.toml"
         schema.write_text(json.dumps(plan.schema.to_json(), indent=1), encoding="utf-8")
         terms = Policy.for_simulation(config).model_dump(mode="json")

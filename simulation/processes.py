@@ -178,7 +178,10 @@ def plain(output: bytes) -> str:
 
 
 def last_words(text: str) -> str:
-    """The last line of a log that tells of an error, or the last line."""
+    """The text of an error box in a log, else its last line that tells of an error, or its last."""
+    boxed = re.findall(r"^│(.*)│\s*$", text, re.M)
+    if boxed:
+        return " ".join(line.strip() for line in boxed)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"error|exception|exit code|failed", line, re.I)]
     return (telling or lines or ["it said nothing"])[-1]

@@ -43,7 +43,7 @@ from flwr.app import Context, Message, RecordDict
 pytestmark = pytest.mark.e2e
 
 APP = Path(__file__).with_name("fixed_noise_app")
-CLIENTS, USERS, DIM = 3, 300, 12
+CLIENTS, USERS = 3, 300
 SCHEMA = {
     "columns": {
         "color": {
@@ -281,7 +281,7 @@ def node_config(owner) -> dict[str, str]:
 def code_of(plan: Plan, node_config: dict[str, object], *, run: str = "") -> ClientCode:
     """What the client's app answers to a query of `plan`, as a SuperNode would call it."""
     LocalGrid(client_app, 1)  # gives messages their sender
-    query = Query("columns", dim=DIM, clip=1.0, noise_multiplier=first_noise(plan), cells=True)
+    query = next(plan.strategy.rounds(plan.schema, plan.noise_multiplier, np.random.default_rng(0)))
     message = Message(ask_to_records(ask_of(plan, query)), 2, MESSAGE_TYPE)
     context = Context(
         run_id=1,
@@ -291,7 +291,7 @@ def code_of(plan: Plan, node_config: dict[str, object], *, run: str = "") -> Cli
         run_config={"run": run},
     )
     reply = client_app(message, context)
-    return reply_from_records(reply.content, dim=DIM).code
+    return reply_from_records(reply.content, dim=query.dim).code
 
 
 def ask_of(plan: Plan, query: Query) -> Ask:
@@ -313,10 +313,6 @@ def ask_of(plan: Plan, query: Query) -> Ask:
         head=(0, "0" * 64),
         query=query,
     )
-
-
-def first_noise(plan: Plan) -> float:
-    return next(iter(accounting.leaves(plan.event)))[0]
 
 
 def processes_that_name(text: str) -> list[str]:
