@@ -84,8 +84,9 @@ class PrivateEvolution(Strategy):
         which candidates are then drawn and mutated; 0: all cells alike. Spent only if there is a
         table column besides the label.
       category_weight: Distance of two categories, where the full range of a number is 1.
-      prior: What draws images: `strokes` (random curves), `digits` (handwritten digits; the
-        label's categories must be digits), `blobs` (smooth colors; knows nothing of lines).
+      prior: What draws images: `strokes` (random curves; give them 12 rounds or more), `digits`
+        (handwritten digits; the label's categories must be digits), `blobs` (smooth colors;
+        knows nothing of lines).
 
     Privacy:
       A user's whole vector, over all labels, is clipped once. Clipping or normalizing each label
@@ -103,12 +104,12 @@ class PrivateEvolution(Strategy):
     label: str | None = None
     vote: Vote = "l2_clip"
     max_norm: float = 1.0
-    num_votes: int = 2
+    num_votes: int = 3
     selection: Literal["sample", "rank"] = "sample"
     num_variations: int = 3
     keep_parents: bool = True
     threshold: float | None = None
-    degree_first: float = 0.8
+    degree_first: float = 0.5
     degree_last: float = 0.2
     sample_degree: float = 0.15
     grounding: float = 0.1

@@ -24,7 +24,8 @@ class TableMetric:
 
     Attributes:
       num_cells: Cells of each column, `(num_columns,)`.
-      num_bins: Bins of each number; 0 for a category. Cells past the bins are categories.
+      num_bins: Bins of each number; 0 for a category. Cells past the bins (missing) are
+        categories of their own, beside the lowest bin.
       ignored: Column that does not count, or -1.
       category_weight: Distance of two categories, where the full range of a number is 1.
     """
