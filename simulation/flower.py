@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ def run_ray(plan: Plan, *, on_event: Listener, app_dir: Path | None = None) -> P
       FedsynthError: As the run itself raised it, or what Flower said if that failed.
     """
     start(plan)
-    with engine(plan) as (folder, ours):
+    with _ray_folder() as ray_folder, engine(plan, {"RAY_TMPDIR": ray_folder}) as (folder, ours):
         (port,) = free_ports(1)
         _log.info("starting Flower's simulation of %d nodes with Ray", plan.config.engine.clients)
         ours.serve(
@@ -88,7 +89,8 @@ def run_superlink(plan: Plan, *, on_event: Listener, app_dir: Path | None = None
       FedsynthError: As the run itself raised it, or what Flower said if that failed.
     """
     start(plan)
-    with engine(plan, own_home=False) as (folder, ours):
+    home = os.environ.get("FLWR_HOME", str(Path.home() / ".flwr"))
+    with engine(plan, {"FLWR_HOME": home}) as (folder, ours):
         connection = plan.config.engine.connection
         _log.info("handing the run to the SuperLink %r", connection)
         return drive(
@@ -145,14 +147,14 @@ def drive(
 
 
 @contextmanager
-def engine(plan: Plan, *, own_home: bool = True) -> Iterator[tuple[Path, Processes]]:
+def engine(plan: Plan, env: Mapping[str, str] | None = None) -> Iterator[tuple[Path, Processes]]:
     """A working folder beside the release, and processes that end with the block.
 
     Nothing stays of the folder but, when the run fails, the processes' logs.
 
     Args:
       plan: The run.
-      own_home: Flower keeps its files in the folder, not in the user's home.
+      env: More of the processes' environment; Flower's own home is the folder otherwise.
 
     Raises:
       Interrupted: A person stopped the run.
@@ -160,10 +162,10 @@ def engine(plan: Plan, *, own_home: bool = True) -> Iterator[tuple[Path, Process
     folder = plan.config.path(plan.config.release.path) / f"{plan.run}.engine"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
-    env = environment(folder) | ({"FLWR_HOME": str(folder)} if own_home else {})
+    whole_env = {**environment(folder), "FLWR_HOME": str(folder), **(env or {})}
     keep_logs = False
     try:
-        with Processes(folder / "logs", env) as ours:
+        with Processes(folder / "logs", whole_env) as ours:
             yield folder, ours
     except KeyboardInterrupt as stop:
         raise Interrupted(
@@ -176,6 +178,19 @@ def engine(plan: Plan, *, own_home: bool = True) -> Iterator[tuple[Path, Process
         raise
     finally:
         _clear(folder, keep_logs=keep_logs)
+
+
+@contextmanager
+def _ray_folder() -> Iterator[str]:
+    """A folder for Ray's sockets and logs that nobody else reads and that goes with the run.
+
+    A client's log may tell its owner of records. The path is short, as those of sockets must be.
+    """
+    short = "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108  (a private folder within it)
+    with tempfile.TemporaryDirectory(
+        prefix="fedsynth-", dir=short, ignore_cleanup_errors=True
+    ) as folder:
+        yield folder
 
 
 def _clear(folder: Path, *, keep_logs: bool) -> None:
