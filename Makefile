@@ -15,13 +15,14 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 
 BENCHMARKS := $(shell grep -ls "^if __name__" benchmarks/*.py)
 
-.PHONY: help demo test check lint types unit smoke bench clean
+.PHONY: help demo test check lint types unit proofs smoke bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    install the base package and make a release from a real table'
 	@echo 'make test    install everything and run what CI runs'
 	@echo 'make check   ruff and mypy'
+	@echo 'make proofs  the slow tests: long crash schedules, bit flips, cross-checks'
 	@echo 'make bench   full benchmarks, into build/bench (hours)'
 	@echo 'make clean   remove .venv and caches'
 
@@ -42,7 +43,10 @@ types: $(VENV)/.dev .typecheck/fedsynth
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slow"
+
+proofs: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m slow
 
 smoke: $(VENV)/.dev
 	@set -e; for file in $(BENCHMARKS); do \

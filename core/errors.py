@@ -11,6 +11,7 @@
     ├── PrivacyRefusal                4   what was asked is not covered by a promise
     │   ├── BudgetExceeded            4   ... because the budget does not hold it
     │   └── PolicyRefusal             4   ... because a data owner's policy forbids it
+    ├── LedgerError                   1   the ledger's file cannot be read or written
     ├── SecurityRefusal               5   a hash, chain or peer that is not what it claims
     ├── QuorumError                   6   too few clients, or none reachable
     │   └── AnswersLost               6   ... for good: clients' answers went down with a crash
@@ -67,6 +68,10 @@ class SecurityRefusal(FedsynthError):
     """A hash, chain, or peer is not what it claims to be."""
 
     exit_code = 5
+
+
+class LedgerError(FedsynthError):
+    """The ledger could not be read or written; whatever it acknowledged before still stands."""
 
 
 class QuorumError(FedsynthError):

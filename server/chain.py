@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import failpoints
-from ..core.errors import ConfigError, FedsynthError, SecurityRefusal
+from ..core.errors import ConfigError, FedsynthError, LedgerError, SecurityRefusal
 from ..core.wire import canonical
 
 GENESIS = "0" * 64
@@ -69,10 +69,6 @@ _SCHEMA = (
 
 _held: set[Path] = set()  # files that this process holds a lock on
 _holding = threading.Lock()
-
-
-class LedgerError(FedsynthError):
-    """The ledger could not be read or written; whatever it acknowledged before still stands."""
 
 
 @dataclass(frozen=True)

@@ -652,7 +652,8 @@ class Ledger:
                 f"population {population!r} has a budget of epsilon {known.epsilon!r} at delta"
                 f" {known.delta!r} on {self.path}, but the run says epsilon {cap.epsilon!r} at"
                 f" delta {cap.delta!r}. Say the same, or change the budget on the ledger:"
-                f" Ledger.set_cap({population!r}, {cap!r})"
+                f" fedsynth ledger {self.path} --population {population}"
+                f" --set-epsilon {cap.epsilon!r}"
             )
         first = self._chain.select("population = ? AND kind = 'population'", population)[0]
         if first.data["unit"] != unit:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from ..server.ledger import Ledger
+
 P = ParamSpec("P")
 _BARS = 12  # columns that get a bar
 _WIDE = 160  # columns of what is not shown on a terminal but read by other programs
@@ -343,6 +345,9 @@ def ledger(
     population: Annotated[
         str | None, typer.Option(help="One population; without it, all of them.")
     ] = None,
+    set_epsilon: Annotated[
+        float | None, typer.Option(help="Change the most that --population may ever spend.")
+    ] = None,
     format: FormatOption = Format.TEXT,  # noqa: A002
 ) -> None:
     """Show what has been spent, by population and by query."""
@@ -360,6 +365,8 @@ def ledger(
         raise ConfigError(f"there is no ledger {path}; nothing was ever spent there")
     with Ledger(path) as book:
         book.verify()
+        if set_epsilon is not None:
+            _set_cap(book, population, set_epsilon)
         found = [p for p in book.populations() if population in (None, p.name)]
         if population is not None and not found:
             statement(book, population)  # says which ones there are
@@ -402,6 +409,18 @@ def ledger(
             )
         console.print(table)
     _say(console, "The chain of entries is whole.")
+
+
+def _set_cap(book: "Ledger", population: str | None, epsilon: float) -> None:
+    """Change a population's budget; the change is an entry of the ledger like any other."""
+    from ..core.privacy import Budget
+
+    known = {p.name: p.cap for p in book.populations()}
+    if population not in known:
+        raise ConfigError(
+            f"--set-epsilon needs --population, one of: {', '.join(known) or 'none yet'}"
+        )
+    book.set_cap(population, Budget(epsilon, known[population].delta))
 
 
 @app.command()

@@ -506,3 +506,27 @@ def test_names_from_a_file_cannot_steer_a_terminal(fedsynth: Command, tmp_path: 
     result = fedsynth("init", "t.csv")
 
     assert "\x1b" not in result.output
+
+
+def test_a_populations_budget_is_changed_on_the_ledger(tmp_path: Path):
+    from dp_accounting.dp_event import GaussianDpEvent
+    from fedsynth.core.privacy import Budget
+    from fedsynth.server.ledger import Ledger
+
+    path = tmp_path / "ledger.db"
+    with Ledger(path) as ledger:
+        ledger.open_run("r", "people", cap=Budget(1.0, 1e-6), event=GaussianDpEvent(10.0), facts={})
+
+    raised = CliRunner().invoke(
+        cli.app, ["ledger", str(path), "--population", "people", "--set-epsilon", "3"]
+    )
+    lowered = CliRunner().invoke(
+        cli.app, ["ledger", str(path), "--population", "people", "--set-epsilon", "0.1"]
+    )
+
+    assert raised.exit_code == 0
+    assert "of 3.00 spent" in raised.output
+    assert lowered.exit_code == 4
+    with Ledger(path) as ledger:
+        ledger.verify()
+        assert ledger.populations()[0].cap.epsilon == 3.0
