@@ -207,7 +207,7 @@ def test_a_void_round_comes_through_the_progress_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("BudgetExceeded", BudgetExceeded), ("LedgerError", FedsynthError), ("ABC", FedsynthError)],
+    [("BudgetExceeded", BudgetExceeded), ("IntEnum", FedsynthError), ("Unheard", FedsynthError)],
 )
 def test_an_outcome_is_raised_as_the_error_that_it_names(tmp_path, name, kind):
     outcome = tmp_path / "outcome.json"
