@@ -80,10 +80,11 @@ def learn(
                 sampling_prob=query.sampling_prob,
                 sensitivity=sensitivity,
             )
+        asked = state is None or state.stage == "reserved"
         if state is not None and state.stage == "drawing":
             # noise may have been drawn and lost with a crash: charged, and never drawn again
             ledger.void(draft.run, number, state.attempt, VoidReason.LOST_IN_CRASH)
-        elif state is None or state.stage == "reserved":
+        elif asked:
             attempt = 1 if state is None else state.attempt
             ask = replace(draft, round=number, attempt=attempt, query=query, head=ledger.head())
             try:
@@ -92,7 +93,7 @@ def learn(
                 _log.warning("%s\nround %d is void: charged, and gone on without", error, number)
                 ledger.void(draft.run, number, attempt, VoidReason.NO_QUORUM)
         noisy = noisy_sum(ledger, draft.run, number, query)
-        on_round(Measured(number, query, noisy, replayed=state is not None))
+        on_round(Measured(number, query, noisy, replayed=not asked))
 
 
 def _sensitivity(
