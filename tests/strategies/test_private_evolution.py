@@ -109,19 +109,23 @@ def test_under_privacy_it_beats_its_own_pool_without_votes_and_with_random_ones(
     codes = mixture(1500)
     noise = accounting.calibrate(lambda z: strategy.event(PLANE, z), Budget(2.0, 1e-5))
 
+    learned, unvoted, random = [], [], []
     for seed in range(3):
         shuffled = rng(seed + 9)
-        learned = direct_run(strategy, PLANE, shard_of(codes), noise, rng=rng(seed))
-        unvoted = prior(strategy, PLANE, noise, rng(seed))
-        _, random = pools_over(
+        _, by_chance = pools_over(
             strategy,
             PLANE,
             shard_of(codes),
             lambda exact, query, s=shuffled: NoisySum(s.permutation(exact), 1e-9, 1),
         )
+        random.append(far_from(codes, by_chance))
+        unvoted.append(far_from(codes, prior(strategy, PLANE, noise, rng(seed))))
+        told = direct_run(strategy, PLANE, shard_of(codes), noise, rng=rng(seed))
+        learned.append(far_from(codes, told))
 
-        assert far_from(codes, learned) < 0.6 * far_from(codes, unvoted)
-        assert far_from(codes, learned) < 0.6 * far_from(codes, random)
+    assert np.mean(learned) < 0.7 * np.mean(unvoted)
+    assert np.mean(learned) < 0.7 * np.mean(random)
+    assert np.mean(random) > 0.8 * np.mean(unvoted)
 
 
 def digits():
