@@ -36,7 +36,8 @@ class Lattice:
     @staticmethod
     def of(query: Query) -> "Lattice":
         """The lattice of a query; the same at every client and at the server."""
-        unit = 2.0 ** (math.floor(math.log2(query.clip)) - _RESOLUTION)
+        _, exponent = math.frexp(query.clip)  # exact on every machine, which log2 need not be
+        unit = 2.0 ** (exponent - 1 - _RESOLUTION)
         return Lattice(unit, query.clip / unit)
 
 
@@ -148,10 +149,11 @@ def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
         or weights is None
         or cells.ndim != 2
         or users.shape != (len(cells),)
+        or users.dtype.kind not in "iu"  # a NaN would compare as being in order
         or weights.shape != (cells.shape[1],)
         or not np.isfinite(weights).all()
         or (len(users) and not (users[0] >= 0 and users[-1] < contribution.num_users))
-        or (np.diff(users) < 0).any()
+        or (users[1:] < users[:-1]).any()  # not a difference: that of unsigned numbers is never < 0
     ):
         return total
     lattice = Lattice.of(query)

@@ -149,6 +149,35 @@ def test_user_indices_that_cannot_be_count_as_zeros(users):
     assert not total.any()
 
 
+@pytest.mark.parametrize("dtype", ["int64", "int8", "uint8", "uint32", "uint64", "float64"])
+def test_a_user_whose_records_lie_apart_moves_nothing_whatever_the_type_of_the_index(dtype):
+    users = np.array([0, 1, 0], dtype=dtype)
+    q = query(4, 1.0, cells=True)
+
+    total = clipped_sum(Contribution.cells(np.array([[0], [1], [0]]), users, num_users=2), q)
+
+    assert norm(total[:1], q) <= 1.0  # user 0 alone lights this cell
+    assert not total.any()
+
+
+def test_user_indices_that_are_no_numbers_count_as_zeros():
+    users = np.array([0, np.nan, 0])
+    q = query(4, 1.0, cells=True)
+
+    total = clipped_sum(Contribution.cells(np.array([[0], [1], [0]]), users, num_users=1), q)
+
+    assert not total.any()
+
+
+@pytest.mark.parametrize("exponent", [-99, -3, 0, 1, 20, 99])
+def test_the_clip_is_two_to_the_22_to_23_steps_also_just_below_a_power_of_two(exponent):
+    for clip in (2.0**exponent, np.nextafter(2.0**exponent, 0), np.nextafter(2.0**exponent, 4e33)):
+        lattice = Lattice.of(query(1, float(clip)))
+
+        assert 2.0**22 <= lattice.bound < 2.0**23
+        assert lattice.bound * lattice.unit == clip
+
+
 def test_counts_of_single_record_users_are_exact():
     q = query(300, np.sqrt(15), cells=True)
     rng = np.random.default_rng(0)
