@@ -26,6 +26,7 @@ PROTOCOL = 1
 MESSAGE_TYPE = "query.answer"
 MAX_INPUT_BYTES = 1 << 31
 _MAX_TEXT = 1 << 20
+_MAX_ARRAYS, _MAX_SIDES = 1000, 8
 _DTYPES = {"float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"}
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -211,7 +212,7 @@ def reply_from_records(records: Mapping[str, Any], *, dim: int) -> Reply:
         take.whole("attempt", 0, 1 << 20),
     )
     take.nothing_left()
-    arrays = records["arrays"]
+    arrays = _arrays(records["arrays"])
     if code != ClientCode.OK:
         if len(arrays):
             raise WireError("a refusal that carries arrays")
@@ -284,9 +285,13 @@ def _decode(array: Any, dtypes: set[str], *, max_bytes: int) -> NDArray[Any]:
     shape = tuple(array.shape)
     if array.stype != "fedsynth.raw" or array.dtype not in dtypes:
         raise WireError("an array in another layout or dtype")
-    if not all(type(side) is int and 0 <= side <= max_bytes for side in shape):
+    if len(shape) > _MAX_SIDES or not all(
+        type(side) is int and 0 <= side <= max_bytes for side in shape
+    ):
         raise WireError("an array with an impossible shape")
     dtype = np.dtype(array.dtype).newbyteorder("<")
+    if math.prod(max(1, side) for side in shape) * dtype.itemsize > max_bytes:
+        raise WireError("an array with an impossible shape")  # one without values, too
     claimed = math.prod(shape) * dtype.itemsize
     if claimed > max_bytes or claimed != len(array.data):
         raise WireError("an array whose size is not what it claims")
@@ -296,9 +301,16 @@ def _decode(array: Any, dtypes: set[str], *, max_bytes: int) -> NDArray[Any]:
 
 def _inputs(record: Any) -> dict[str, NDArray[Any]]:
     """The arrays that come with a query."""
-    if not isinstance(record, Mapping) or len(record) > 1000:
-        raise WireError("a message whose inputs are of another kind")
     return {
         str(key): _decode(value, _DTYPES, max_bytes=MAX_INPUT_BYTES)
-        for key, value in record.items()
+        for key, value in _arrays(record).items()
     }
+
+
+def _arrays(record: Any) -> Mapping[str, Any]:
+    """A record that holds arrays; metrics and texts come in records that look alike."""
+    from flwr.app import ArrayRecord
+
+    if not isinstance(record, ArrayRecord) or len(record) > _MAX_ARRAYS:
+        raise WireError("a message whose arrays are of another kind")
+    return record

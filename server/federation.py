@@ -163,7 +163,7 @@ def _accepted(
         if node not in nodes or node in sums:
             codes["a reply nobody asked for"] += 1
             continue
-        if message.has_error():
+        if message.has_error() or not message.has_content():
             codes["no reply: the client is gone or its app did not start"] += 1
             continue
         try:

@@ -140,6 +140,11 @@ def reply_records(array=None, extra=None, **config):
         RecordDict({}),
         RecordDict({"reply": MetricRecord({"code": 0}), "arrays": ArrayRecord({"total": raw()})}),
         RecordDict(dict(reply_records().items()) | {"metrics": MetricRecord({"loss": 0.5})}),
+        reply_records(raw(shape=(1,) * 70 + (DIM,))),
+        reply_records(raw(data=b"", shape=(0, 2**20, 2**20, 2**20, 2**20))),
+        RecordDict(dict(reply_records().items()) | {"arrays": MetricRecord({"total": 1.0})}),
+        RecordDict(dict(reply_records().items()) | {"arrays": ConfigRecord({"total": "x"})}),
+        RecordDict(dict(reply_records(code=3).items()) | {"arrays": MetricRecord({})}),
     ],
 )
 def test_a_reply_in_any_other_form_is_refused(records):
@@ -170,6 +175,23 @@ def test_a_reply_in_any_other_form_is_refused(records):
 def test_a_request_out_of_range_is_refused(change):
     records = ask_to_records(ask())
     records["ask"] = ConfigRecord(dict(records["ask"]) | change)
+
+    with pytest.raises(WireError):
+        ask_from_records(records)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        MetricRecord({"x": 1.0}),
+        ConfigRecord({"x": "y"}),
+        ArrayRecord({"x": raw(shape=(1,) * 70 + (DIM,))}),
+        ArrayRecord({"x": raw(data=b"", shape=(0, *[2**30] * 7))}),
+    ],
+)
+def test_a_request_whose_arrays_are_none_or_cannot_be_is_refused(inputs):
+    records = ask_to_records(ask())
+    records["inputs"] = inputs
 
     with pytest.raises(WireError):
         ask_from_records(records)

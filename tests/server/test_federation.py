@@ -14,7 +14,7 @@ from fedsynth.core.query import Query
 from fedsynth.core.wire import Ask, Reply, ask_from_records, reply_to_records
 from fedsynth.server.federation import Federation
 from fedsynth.simulation.local import LocalGrid
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 ASK = Ask(
@@ -61,6 +61,12 @@ def with_array(array: Any) -> Answer:
     return answer
 
 
+def metrics(ask: Ask, number: int) -> RecordDict:
+    records = ok(ask, number)
+    records["arrays"] = MetricRecord({"total": 1.0})
+    return records
+
+
 def raises(ask: Ask, number: int) -> RecordDict:
     raise RuntimeError("a client that breaks")
 
@@ -98,6 +104,10 @@ BAD: dict[str, Answer] = {
     "a refusal": says(code=ClientCode.POLICY_REFUSED, total=None),
     "a refusal with a sum": says(code=ClientCode.POLICY_REFUSED),
     "a numpy archive": with_array(Array(np.ones(3, dtype=np.int64))),
+    "a metric": metrics,
+    "more sides than numpy holds": with_array(
+        Array(dtype="int64", shape=(1,) * 70 + (3,), stype="fedsynth.raw", data=bytes(24))
+    ),
     "an exception": raises,
 }
 
