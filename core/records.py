@@ -66,9 +66,11 @@ class BoundedShard:
         for column in self.records.codes.T:
             keys = _mixed(keys, column)
         if self.records.images is not None:
-            pixels = self.records.images.reshape(len(keys), -1).astype(np.uint64)
+            pixels = self.records.images.reshape(len(keys), -1)
             weights = _mixed(np.arange(pixels.shape[1], dtype=np.uint64), 1) | np.uint64(1)
-            keys = _mixed(keys, pixels @ weights)
+            for start in range(0, len(keys), 1024):  # a few at a time: a pixel takes eight bytes
+                part = slice(start, start + 1024)
+                keys[part] = _mixed(keys[part], pixels[part].astype(np.uint64) @ weights)
         total = np.zeros(self.num_users, dtype=np.uint64)
         np.add.at(total, self.user_index, keys)
         mixed: NDArray[np.uint64] = _mixed(total, 2)

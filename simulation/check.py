@@ -60,7 +60,7 @@ def check_strategy(strategy: Strategy, schema: Schema | None = None) -> list[Fin
       One finding for each thing owed, in a fixed order.
     """
     trial = _Trial(strategy, schema or _fitting_schema(strategy))
-    return [_finding(claim, check) for claim, check in trial.checks()]
+    return [finding_of(claim, check) for claim, check in trial.checks()]
 
 
 def small_table() -> Schema:
@@ -118,15 +118,15 @@ def joined(first: BoundedShard, second: BoundedShard) -> BoundedShard:
     )
 
 
-class _Broken(Exception):
+class Broken(Exception):  # noqa: N818  (raised by a check, about what it checks)
     """A check failed; the text says on what."""
 
 
-def _finding(claim: str, check: Callable[[], None]) -> Finding:
+def finding_of(claim: str, check: Callable[[], None]) -> Finding:
     """Run one check; a strategy that raises has failed it."""
     try:
         check()
-    except _Broken as broken:
+    except Broken as broken:
         return Finding(claim, False, str(broken))
     except Exception as error:  # noqa: BLE001  (a plug-in may raise anything; that is the finding)
         return Finding(claim, False, f"raised {type(error).__name__}: {error}")
@@ -177,13 +177,13 @@ class _Trial:
         low = accounting.epsilon_of(self.strategy.event(self.schema, 4 * _NOISE), 1e-6)
         high = accounting.epsilon_of(self.strategy.event(self.schema, _NOISE), 1e-6)
         if not 0 < low < high:
-            raise _Broken(f"epsilon {high:.3g} at noise {_NOISE}, {low:.3g} at {4 * _NOISE}")
+            raise Broken(f"epsilon {high:.3g} at noise {_NOISE}, {low:.3g} at {4 * _NOISE}")
 
     def settings_survive(self) -> None:
         settings = json.loads(settings_of(self.strategy))
         again = build(type(self.strategy), settings, "strategy")
-        if settings_of(again) != settings_of(self.strategy):
-            raise _Broken(f"{settings_of(self.strategy)} reads back as {settings_of(again)}")
+        if again != self.strategy:
+            raise Broken(f"{settings_of(self.strategy)} reads back as {settings_of(again)}")
 
     def queries_match_event(self) -> None:
         asked = Counter(
@@ -191,7 +191,7 @@ class _Trial:
         )
         planned = accounting.leaves(self.strategy.event(self.schema, _NOISE))
         if asked != planned:
-            raise _Broken(f"event() holds {dict(planned)}, rounds() asks {dict(asked)}")
+            raise Broken(f"event() holds {dict(planned)}, rounds() asks {dict(asked)}")
 
     def one_user_is_bounded(self) -> None:
         for query in self.queries:
@@ -202,7 +202,7 @@ class _Trial:
                     moved = self.sum_of(query, joined(*order)) - without
                     length = float(np.sqrt((moved.astype(np.float64) ** 2).sum()))
                     if length > bound * (1 + 1e-12):
-                        raise _Broken(
+                        raise Broken(
                             f"query {query.name!r}: a user with {what} moves the sum by"
                             f" {length / bound:.6f} clips"
                         )
@@ -213,7 +213,7 @@ class _Trial:
             alone = sum(self.sum_of(query, user) for user in self.shard.blocks(1))
             if not np.array_equal(together, alone):
                 worst = int(np.abs(together - alone).max())
-                raise _Broken(
+                raise Broken(
                     f"query {query.name!r}: users answered one by one give another sum than"
                     f" together, by {worst} lattice steps"
                 )
@@ -224,7 +224,7 @@ class _Trial:
             rng = np.random.default_rng(0)
             answer = self.strategy.answer(query, nobody, rng)
             if answer.num_users != 0 or self.sum_of(query, nobody).any():
-                raise _Broken(f"query {query.name!r}: an empty shard gives a sum that is not zero")
+                raise Broken(f"query {query.name!r}: an empty shard gives a sum that is not zero")
             self.strategy.answer(query, made_up(self.schema, [1], seed=2), rng)
 
     def replay_is_exact(self) -> None:
@@ -237,7 +237,7 @@ class _Trial:
         query = next(rounds)
         for number, noisy in enumerate(known[:half]):
             if query.name != self.transcript[number][0].name:
-                raise _Broken(f"round {number + 1} asks {query.name!r} when replayed")
+                raise Broken(f"round {number + 1} asks {query.name!r} when replayed")
             query = rounds.send(noisy)
         try:
             for noisy in known[half:]:
@@ -245,7 +245,7 @@ class _Trial:
         except StopIteration as end:
             self.same(self.learned, end.value)
             return
-        raise _Broken("a replayed run asks more than the first one did")
+        raise Broken("a replayed run asks more than the first one did")
 
     def void_rounds_pass(self) -> None:
         sums = [noisy for _, noisy in self.transcript]
@@ -263,7 +263,7 @@ class _Trial:
         self.sum_of(self.queries[0], self.shard)
         after = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
         if before != after:
-            raise _Broken("it draws from a global random generator; use the rng it is given")
+            raise Broken("it draws from a global random generator; use the rng it is given")
         self.same(self.learned, learned)
 
     def samples_fit(self) -> None:
@@ -272,7 +272,7 @@ class _Trial:
         one = self.learned.sample(50, np.random.default_rng(3))
         two = self.learned.sample(50, np.random.default_rng(3))
         if not _equal(one.codes, two.codes) or not _equal(one.images, two.images):
-            raise _Broken("the same rng gives other samples")
+            raise Broken("the same rng gives other samples")
 
     def saving_is_exact(self) -> None:
         settings = json.loads(json.dumps(self.learned.settings(), allow_nan=False))
@@ -281,7 +281,7 @@ class _Trial:
         first = self.learned.sample(50, np.random.default_rng(4))
         second = again.sample(50, np.random.default_rng(4))
         if not _equal(first.codes, second.codes) or not _equal(first.images, second.images):
-            raise _Broken("restored from settings() and tensors(), it samples something else")
+            raise Broken("restored from settings() and tensors(), it samples something else")
 
     @property
     def transcript(self) -> list[tuple[Query, NoisySum]]:
@@ -304,7 +304,7 @@ class _Trial:
         """What the whole run ended in."""
         _ = self.transcript
         if not isinstance(self._learned, Synthesizer):
-            raise _Broken(f"rounds() returned {type(self._learned).__name__}, not a Synthesizer")
+            raise Broken(f"rounds() returned {type(self._learned).__name__}, not a Synthesizer")
         return self._learned
 
     @property
@@ -339,7 +339,7 @@ class _Trial:
         except StopIteration as end:
             learned: Synthesizer = end.value
             return learned
-        raise _Broken("a replayed run asks more than the first one did")
+        raise Broken("a replayed run asks more than the first one did")
 
     def arbitrary_users(self) -> Iterator[tuple[str, BoundedShard]]:
         """Users as they should never be, and as they may be."""
@@ -360,26 +360,26 @@ class _Trial:
         """A sample must fit the schema."""
         records = learned.sample(num_records, np.random.default_rng(num_records))
         if records.codes.shape != (num_records, len(self.schema.columns)):
-            raise _Broken(f"asked for {num_records} records, it gives {records.codes.shape}")
+            raise Broken(f"asked for {num_records} records, it gives {records.codes.shape}")
         if records.codes.dtype != np.int32:
-            raise _Broken(f"codes must be int32, not {records.codes.dtype}")
+            raise Broken(f"codes must be int32, not {records.codes.dtype}")
         outside = (records.codes < 0) | (records.codes >= np.array(self.schema.shape))
         if outside.any():
-            raise _Broken("it samples a code outside the schema")
+            raise Broken("it samples a code outside the schema")
         if self.schema.image is not None:
             want = (num_records, *self.schema.image.shape)
             if records.images is None or records.images.shape != want:
-                raise _Broken(f"images must have shape {want}")
+                raise Broken(f"images must have shape {want}")
             if records.images.dtype != np.uint8:
-                raise _Broken(f"images must be uint8, not {records.images.dtype}")
+                raise Broken(f"images must be uint8, not {records.images.dtype}")
 
     def same(self, first: Synthesizer, second: Synthesizer) -> None:
         """Two synthesizers must be equal to the bit."""
         one, two = first.tensors(), second.tensors()
         if set(one) != set(two) or not all(_equal(one[name], two[name]) for name in one):
-            raise _Broken("the same sums and the same rng give another synthesizer")
+            raise Broken("the same sums and the same rng give another synthesizer")
         if first.settings() != second.settings():
-            raise _Broken("the same sums and the same rng give other settings")
+            raise Broken("the same sums and the same rng give other settings")
 
 
 def _equal(one: NDArray[Any] | None, two: NDArray[Any] | None) -> bool:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..core.aggregator import Aggregator
 from ..core.mechanism import Lattice
 from ..core.query import Query
-from .check import Finding, _Broken, _finding
+from .check import Finding, Broken, finding_of
 
 _TRIALS = 300
 _ROUNDING = 1e-9  # what float64 may lose in computing a length
@@ -67,7 +67,7 @@ def check_aggregator(aggregator: Aggregator, *, seed: int = 0) -> list[Finding]:
             aggregator, trials
         ),
     }
-    return [_finding(claim, check) for claim, check in claims.items()]
+    return [finding_of(claim, check) for claim, check in claims.items()]
 
 
 def _sensible(aggregator: Aggregator, trials: list[_Neighbors]) -> None:
@@ -75,7 +75,7 @@ def _sensible(aggregator: Aggregator, trials: list[_Neighbors]) -> None:
     for trial in trials:
         declared = aggregator.sensitivity(trial.query, Lattice.of(trial.query))
         if not (isinstance(declared, int | float) and 0 < declared < math.inf):
-            raise _Broken(f"{declared!r} for clip {trial.query.clip:g} and dim {trial.query.dim}")
+            raise Broken(f"{declared!r} for clip {trial.query.clip:g} and dim {trial.query.dim}")
 
 
 def _shaped(aggregator: Aggregator, trials: list[_Neighbors]) -> None:
@@ -84,9 +84,9 @@ def _shaped(aggregator: Aggregator, trials: list[_Neighbors]) -> None:
         given = [row.copy() for row in trial.sums]
         total = aggregator.combine(given)
         if total.dtype != np.int64 or total.shape != (trial.query.dim,):
-            raise _Broken(f"{total.dtype} {total.shape} from {_shown(trial.sums)}")
+            raise Broken(f"{total.dtype} {total.shape} from {_shown(trial.sums)}")
         if not all(np.array_equal(a, b) for a, b in zip(given, trial.sums, strict=True)):
-            raise _Broken(f"it writes into the sums it is given: {_shown(trial.sums)}")
+            raise Broken(f"it writes into the sums it is given: {_shown(trial.sums)}")
 
 
 def _unordered(aggregator: Aggregator, trials: list[_Neighbors]) -> None:
@@ -94,7 +94,7 @@ def _unordered(aggregator: Aggregator, trials: list[_Neighbors]) -> None:
     for trial in trials:
         forward, backward = (aggregator.combine(list(s)) for s in (trial.sums, trial.sums[::-1]))
         if not np.array_equal(forward, backward):
-            raise _Broken(f"{_shown(trial.sums)}: {forward.tolist()}, or {backward.tolist()}")
+            raise Broken(f"{_shown(trial.sums)}: {forward.tolist()}, or {backward.tolist()}")
 
 
 def _bounded(aggregator: Aggregator, trials: list[_Neighbors]) -> None:
@@ -104,7 +104,7 @@ def _bounded(aggregator: Aggregator, trials: list[_Neighbors]) -> None:
         return
     least = _shrunk(aggregator, failing)
     lattice = Lattice.of(least.query)
-    raise _Broken(
+    raise Broken(
         f"it declares {aggregator.sensitivity(least.query, lattice):.6g} for clip"
         f" {least.query.clip:g}, but a user moves it by {_distance(aggregator, least):.6g}: sums"
         f" {_shown(least.sums)} and a user {_shown(least.user)} at the first client, in lattice"
