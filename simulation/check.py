@@ -118,7 +118,7 @@ def joined(first: BoundedShard, second: BoundedShard) -> BoundedShard:
     )
 
 
-class Broken(Exception):  # noqa: N818  (raised by a check, about what it checks)
+class Broken(Exception):
     """A check failed; the text says on what."""
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..core.aggregator import Aggregator
 from ..core.mechanism import Lattice
 from ..core.query import Query
-from .check import Finding, Broken, finding_of
+from .check import Broken, Finding, finding_of
 
 _TRIALS = 300
 _ROUNDING = 1e-9  # what float64 may lose in computing a length
