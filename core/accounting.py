@@ -30,6 +30,8 @@ from .privacy import Budget
 
 PLD_INTERVAL = 1e-3
 _MANY_SUMS = 2000  # above so many sums the interval's own error adds up, so a finer one is used
+_HOPELESS, _MOST_SAMPLED = 1000.0, 100_000  # an RDP epsilon, and sampled sums, beyond which no
+# loss distribution is made: it would fill any memory, and a stranger's plan may ask for it
 _LEAST_NOISE, _MAX_NOISE = 1e-3, 1e6  # of an event that is read; no promise lies beyond
 
 Leaves = Counter[tuple[float, float]]
@@ -42,7 +44,7 @@ class Price:
 
     Attributes:
       epsilon: The tightest valid figure.
-      accountant: `"gaussian-exact"` or `"pld"`: what gave it.
+      accountant: `"gaussian-exact"`, `"pld"` or, where that is no looser, `"rdp"`: what gave it.
       rdp_epsilon: The looser figure that it was checked against.
     """
 
@@ -241,6 +243,8 @@ def _price(found: tuple[tuple[tuple[float, float], int], ...], delta: float) -> 
         return _checked(
             float(dp_accounting.get_epsilon_gaussian(1 / mu, delta)), "gaussian-exact", rdp
         )
+    if rdp > _HOPELESS or sum(count for (_, prob), count in found if prob < 1) > _MOST_SAMPLED:
+        return Price(rdp, "rdp", rdp)
     many = sum(count for _, count in found) > _MANY_SUMS
     for interval in (PLD_INTERVAL / 10,) if many else (PLD_INTERVAL, PLD_INTERVAL / 10):
         pld = dp_accounting.pld.PLDAccountant(value_discretization_interval=interval)

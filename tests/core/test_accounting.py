@@ -2,6 +2,7 @@
 """Epsilon of known plans, to the third decimal, and the algebra of events."""
 
 import math
+import time
 
 import pytest
 from dp_accounting.dp_event import (
@@ -91,6 +92,19 @@ def test_an_event_that_is_not_a_gaussian_sum_is_refused():
 def test_a_foreign_event_that_cannot_be_is_refused(entry):
     with pytest.raises(ConfigError):
         accounting.from_json([entry])
+
+
+@pytest.mark.parametrize(
+    ("noise", "count"), [(0.001, 1), (0.01, 1), (1.0, 10**9), (1e6, 10**9), (1e3, 10**8)]
+)
+def test_a_strangers_plan_that_no_loss_distribution_could_hold_is_priced_at_once(noise, count):
+    begun = time.process_time()
+
+    price = accounting.price(event_of({(noise, 0.5): count}), 1e-6)
+
+    assert price.accountant == "rdp"
+    assert price.epsilon == price.rdp_epsilon
+    assert time.process_time() - begun < 5
 
 
 def test_calibration_meets_the_budget_and_wastes_none_of_it():
