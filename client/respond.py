@@ -134,15 +134,30 @@ def _sum_over_users(
     if query.sampling_prob < 1:
         shard = shard.only(coins(shard.num_users, query.sampling_prob, stream))
     total = np.zeros(query.dim, dtype=np.int64)
+    failed: list[Exception] = []
     at("before-clip")
     for block in shard.blocks(block_users):
-        total += block_sum(strategy, query, block, seed=(ask.public_seed, ask.round))
+        total += block_sum(
+            strategy, query, block, seed=(ask.public_seed, ask.round), failed=failed
+        )
     at("after-clip")
+    if failed:  # for the owner's own log
+        _log.error(
+            "the records of %d users made %s fail; they count as zeros",
+            len(failed),
+            ask.strategy,
+            exc_info=failed[0],
+        )
     return total
 
 
 def block_sum(
-    strategy: Strategy, query: Query, block: BoundedShard, *, seed: tuple[int, int]
+    strategy: Strategy,
+    query: Query,
+    block: BoundedShard,
+    *,
+    seed: tuple[int, int],
+    failed: list[Exception] | None = None,
 ) -> NDArray[np.int64]:
     """Sum of clipped vectors over one block of users, `(dim,)`.
 
@@ -155,19 +170,21 @@ def block_sum(
       query: What is asked.
       block: The users.
       seed: Of public randomness; every block starts from the same.
+      failed: Where the errors of users who count as zeros are added.
     """
     try:
         contribution = strategy.answer(query, block, np.random.default_rng(seed))
         if not isinstance(contribution, Contribution):
             raise TypeError("a strategy's answer must be a Contribution")
         return clipped_sum(contribution, query, num_users=block.num_users)
-    except Exception:  # noqa: BLE001  (closed: the user counts as zeros, and nothing is said)
+    except Exception as error:  # noqa: BLE001  (closed: the user counts as zeros, nothing is said)
         if block.num_users <= 1:
-            _log.exception("a user's records made %s fail; they count as zeros", strategy.name)
+            if failed is not None:
+                failed.append(error)
             return np.zeros(query.dim, dtype=np.int64)
     total = np.zeros(query.dim, dtype=np.int64)
     for part in block.blocks((block.num_users + 1) // 2):
-        total += block_sum(strategy, query, part, seed=seed)
+        total += block_sum(strategy, query, part, seed=seed, failed=failed)
     return total
 
 
