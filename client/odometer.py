@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 _APPLICATION_ID = 0x66736F64  # "fsod"
 _VERSION = 1
 _BUSY_S = 60.0
-_MAX_PLAN_ENTRIES = 4096  # kinds of sums in one plan; pricing takes time for each
+_MAX_PLAN_ENTRIES = 4096  # kinds of sums in one plan
+_MAX_SAMPLED_KINDS = 128  # pricing takes a fifth of a second for each, and others wait
 _MAX_ANSWER = 999_000_000  # bytes; SQLite holds a thousand million in a row
 _TABLES = """
 CREATE TABLE heads (
@@ -427,7 +428,10 @@ def _event(plan: str) -> "DpEvent":
         entries = json.loads(plan)
         if not isinstance(entries, list) or len(entries) > _MAX_PLAN_ENTRIES:
             raise ConfigError(f"a plan is a list of at most {_MAX_PLAN_ENTRIES} kinds of sums")
-        return from_json(entries)
+        event = from_json(entries)
+        if sum(entry["sampling_prob"] < 1 for entry in entries) > _MAX_SAMPLED_KINDS:
+            raise ConfigError(f"a plan holds at most {_MAX_SAMPLED_KINDS} kinds of sampled sums")
+        return event
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError("not a plan") from error
 

@@ -3,11 +3,13 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from flwr.app import Context
 
 _KEYS = ("shard", "schema", "policy", "state")
+_MOST_KEPT = 4  # bounded shards of a client beside its odometer: one for each run under way
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,8 @@ def _cached(
     """The bounded shard, kept on the owner's disk between messages.
 
     Each message may be answered by a fresh process, so that what was read, encoded and bounded
-    once is stored beside the odometer, under a name that changes with all it depends on.
+    once is stored beside the odometer, under a name that changes with all it depends on. A few
+    are kept at a time: a server may name any seed, and must not fill the owner's disk.
     """
     try:
         stat = path.stat()
@@ -188,22 +192,16 @@ def _cached(
     except OSError:
         facts = []
     key = json.dumps([str(path), facts, schema.digest, repr(unit), seed, partition])
-    kept = state / f"shard-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    whose = "shard" if partition is None else f"shard-{partition[0]}-of-{partition[1]}"
+    kept = state / f"{whose}.{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
     if not kept.exists():
         shard = bound(read_shard(path, schema, unit, partition=partition), unit, seed=seed)
-        images: dict[str, Any] = (
-            {} if shard.records.images is None else {"images": shard.records.images}
-        )
-        partial = kept.with_suffix(".partial.npz")
-        np.savez(
-            partial,
-            codes=shard.records.codes,
-            user_index=shard.user_index,
-            bounds=np.array([shard.num_users, shard.max_records]),
-            **images,
-        )
-        partial.chmod(0o600)
-        partial.replace(kept)
+        _keep(kept, shard)
+        with suppress(FileNotFoundError):  # another process of this client tidies up as well
+            others = [other for other in state.glob(f"{whose}.*.npz") if other != kept]
+            others.sort(key=lambda other: other.stat().st_mtime_ns, reverse=True)
+            for other in others[_MOST_KEPT - 1 :]:
+                other.unlink()
     with np.load(kept, allow_pickle=False) as stored:
         return BoundedShard(
             Records(stored["codes"], stored.get("images")),
@@ -211,3 +209,25 @@ def _cached(
             int(stored["bounds"][0]),
             int(stored["bounds"][1]),
         )
+
+
+def _keep(path: Path, shard: BoundedShard) -> None:
+    """Store a bounded shard: whole or not at all, and for nobody but its owner to read."""
+    images: dict[str, Any] = (
+        {} if shard.records.images is None else {"images": shard.records.images}
+    )
+    descriptor, partial = mkstemp(dir=path.parent, prefix=f"{path.name}.")  # 0600 from the start
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez(
+                file,
+                codes=shard.records.codes,
+                user_index=shard.user_index,
+                bounds=np.array([shard.num_users, shard.max_records]),
+                **images,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        Path(partial).replace(path)
+    finally:
+        Path(partial).unlink(missing_ok=True)

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,18 @@ def test_no_more_sums_are_answered_than_the_plan_holds(path: Path):
     assert reserved(3, QUERY) is None
     assert reserved(4, QUERY) is ClientCode.OUTSIDE_PLAN
     assert reserved(4, sampled) is ClientCode.OUTSIDE_PLAN
+
+
+def test_a_plan_of_many_kinds_of_sampled_sums_is_refused_before_it_is_priced(path: Path):
+    kinds = [
+        {"noise_multiplier": 50 + i / 4096, "sampling_prob": 0.5, "count": 1} for i in range(4096)
+    ]
+    begun = time.process_time()
+
+    refusal = Odometer(path, "clinic").join(ask_of(plan=canonical(kinds)), cap=CAP)
+
+    assert refusal is ClientCode.MALFORMED
+    assert time.process_time() - begun < 5
 
 
 def test_a_run_that_never_joined_has_no_plan(path: Path):
