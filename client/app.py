@@ -9,11 +9,10 @@ from flwr.clientapp import ClientApp
 from ..core.errors import ClientCode
 from ..core.randomness import OsKeyStream
 from ..core.wire import Reply, WireError, ask_from_records, reply_to_records
-from .respond import respond
+from .respond import origin_of, respond
 from .site import site_of
 
 _log = logging.getLogger(__name__)
-_stream = OsKeyStream()
 
 app = ClientApp()
 
@@ -35,11 +34,11 @@ def answer(message: Message, context: Context) -> Message:
             _log.error("no shard: set shard, schema, policy and state in --node-config")
             reply = Reply(run, round_, attempt, ClientCode.NO_SHARD)
         else:
-            reply = respond(ask, site, _stream)
+            reply = respond(ask, site, OsKeyStream())
     except WireError as error:
         _log.error("refused a malformed request: %s", error)
         reply = Reply(run, round_, attempt, ClientCode.MALFORMED)
-    except Exception:  # noqa: BLE001  (the outermost boundary: nothing of it may reach the server)
-        _log.exception("this client could not answer")
+    except Exception as error:  # noqa: BLE001  (outermost: nothing of it may reach the server)
+        _log.error("this client could not answer: %s", origin_of(error))
         reply = Reply(run, round_, attempt, ClientCode.INTERNAL)
     return Message(reply_to_records(reply), reply_to=message)

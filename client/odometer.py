@@ -9,11 +9,13 @@ question, and what was spent is never less than what left.
 import hashlib
 import json
 import os
+import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakValueDictionary, finalize, ref
@@ -34,6 +36,7 @@ _MAX_PLAN_ENTRIES = 4096  # kinds of sums in one plan
 _MAX_SAMPLED_KINDS = 128  # pricing takes a fifth of a second for each, and others wait
 _MAX_ANSWER = 999_000_000  # bytes; SQLite holds a thousand million in a row
 _TABLES = """
+CREATE TABLE names (client TEXT PRIMARY KEY, name TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE heads (
   client TEXT, server TEXT, number INTEGER NOT NULL, hash TEXT NOT NULL,
   PRIMARY KEY (client, server)) WITHOUT ROWID;
@@ -110,6 +113,16 @@ class Odometer:
             self._kept = _store(self._path)
         return self._kept
 
+    @cached_property
+    def name(self) -> str:
+        """A random name of this odometer, drawn once: two nodes that share it are one site."""
+        with self._store.transaction(synced=self._synced) as db:
+            db.execute(
+                "INSERT OR IGNORE INTO names VALUES (?, ?)", (self._client, secrets.token_hex(16))
+            )
+            row = db.execute("SELECT name FROM names WHERE client = ?", (self._client,)).fetchone()
+        return str(row[0])
+
     def witness(self, server: str, head: tuple[int, str]) -> ClientCode | None:
         """Remember the newest head of a server's ledger; refuse one that went back or forked.
 
@@ -139,6 +152,11 @@ class Odometer:
         """Commit the whole plan of the run that a question belongs to, once.
 
         A plan stays charged for ever, also the part of it that is never asked.
+
+        Privacy:
+          Unsampled plans compose as Gaussian DP, however a server chose each. Where plans hold
+          Poisson-sampled sums the price of several holds for plans that were not chosen by what
+          the earlier ones gave; each single plan is fixed beforehand.
 
         Args:
           ask: Any question of the run.

@@ -8,7 +8,9 @@ Nothing else that depends on records: no count, loss, norm, timing or text of an
 import json
 import logging
 import math
+import traceback
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +86,8 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
         at("before-client-store")
         site.odometer.store(ask, total.astype("<i8").tobytes())
         at("after-client-store")
-    return Reply(ask.run, ask.round, ask.attempt, ClientCode.OK, total)
+    site_name = site.odometer.name
+    return Reply(ask.run, ask.round, ask.attempt, ClientCode.OK, total, site_name)
 
 
 @lru_cache(maxsize=16)
@@ -100,6 +103,8 @@ def _admission(ask: Ask, site: Site) -> ClientCode | None:
     refusal = site.policy.refuses(ask)
     if refusal is not None:
         return refusal
+    if ask.query.sampling_prob < 1 and unit_of(ask).max_clients > 1:
+        return ClientCode.OUTSIDE_PLAN  # coins of several clients are not one coin; no price
     if ask.placement is NoisePlacement.DISTRIBUTED and not site.sum_is_secure:
         return ClientCode.POLICY_REFUSED
     return site.odometer.witness(ask.population, ask.head)
@@ -137,16 +142,14 @@ def _sum_over_users(
     failed: list[Exception] = []
     at("before-clip")
     for block in shard.blocks(block_users):
-        total += block_sum(
-            strategy, query, block, seed=(ask.public_seed, ask.round), failed=failed
-        )
+        total += block_sum(strategy, query, block, seed=(ask.public_seed, ask.round), failed=failed)
     at("after-clip")
     if failed:  # for the owner's own log
         _log.error(
-            "the records of %d users made %s fail; they count as zeros",
+            "the records of %d users made %s fail; they count as zeros: %s",
             len(failed),
             ask.strategy,
-            exc_info=failed[0],
+            origin_of(failed[0]),
         )
     return total
 
@@ -186,6 +189,13 @@ def block_sum(
     for part in block.blocks((block.num_users + 1) // 2):
         total += block_sum(strategy, query, part, seed=seed, failed=failed)
     return total
+
+
+def origin_of(error: BaseException) -> str:
+    """An error's kind and where it arose; not its text, which may hold a record."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "nowhere"
+    return f"{type(error).__name__} at {where}"
 
 
 def _noise_share(

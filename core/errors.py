@@ -94,7 +94,10 @@ class ClientCode(IntEnum):
     """All that a client ever says about itself besides a clipped sum: one of these numbers.
 
     Flower sends the text of an exception to the server, so no exception may leave a handler;
-    none of these codes carries a text, and each depends on public or owner-declared facts only.
+    none of these codes carries a text. Each depends on public or owner-declared facts only, but
+    for two that tell one bit about a shard as a whole: that it does not fit the schema, and that
+    it holds fewer users than the floor its owner declared. An owner sees both beforehand by
+    `fedsynth client check`.
     """
 
     OK = 0

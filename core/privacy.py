@@ -10,6 +10,7 @@ from .errors import ConfigError
 
 WEAK_EPSILON = 10.0
 MAX_EPSILON = 100.0
+MIN_DELTA = 1e-12  # below, the tail that floating-point noise cannot reach would count
 
 
 class Relation(StrEnum):
@@ -118,9 +119,9 @@ class Budget:
                 f"privacy epsilon = {self.epsilon:g} is above {WEAK_EPSILON:g}, which promises"
                 " little; lower it, or set accept_weak = true to go on knowingly"
             )
-        if not (isinstance(self.delta, float) and 0 < self.delta < 1):
+        if not (isinstance(self.delta, float) and MIN_DELTA <= self.delta < 1):
             raise ConfigError(
-                f"privacy delta must lie between 0 and 1, not {self.delta!r};"
+                f"privacy delta must lie between {MIN_DELTA:g} and 1, not {self.delta!r};"
                 " use less than 1 / (10 x users)"
             )
 

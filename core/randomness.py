@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Secret randomness: a ChaCha20 stream from the operating system's entropy, and what is drawn.
+"""Secret randomness: ChaCha20 streams from the operating system's entropy, and what is drawn.
 
-Noise and sampling coins come from here and from nowhere else. A stream re-keys itself in a
-forked child, so two processes never share one.
+Noise and sampling coins come from here and from nowhere else.
 """
 
 import os
@@ -13,7 +12,6 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
 _CHUNK = 1 << 20  # bytes of key stream taken at a time
-_REKEY = 1 << 34  # bytes after which a fresh key is drawn
 
 
 class KeyStream(Protocol):
@@ -31,25 +29,19 @@ class KeyStream(Protocol):
 
 
 class OsKeyStream:
-    """ChaCha20 key stream under a key from `os.urandom`; never seeded, fork-safe."""
+    """ChaCha20 key streams, each read under a fresh key from `os.urandom`; never seeded.
+
+    It keeps no state, so two processes, a forked child among them, or a machine that is restored
+    from a snapshot, never share a stream.
+    """
 
     is_secret = True
 
-    def __init__(self) -> None:
-        self._rekey()
-
-    def _rekey(self) -> None:
-        self._pid = os.getpid()
-        self._left = _REKEY
-        nonce = bytes(16)  # a key is used for one stream only, so a fixed nonce never repeats
-        self._stream = Cipher(algorithms.ChaCha20(os.urandom(32), nonce), mode=None).encryptor()
-
     def read(self, num_bytes: int) -> bytes:
-        """The next `num_bytes` bytes of the stream."""
-        if os.getpid() != self._pid or self._left < num_bytes:
-            self._rekey()
-        self._left -= num_bytes
-        return self._stream.update(bytes(num_bytes))
+        """`num_bytes` bytes of a stream that nobody has read before."""
+        nonce = bytes(16)  # a key serves one read, so a fixed nonce never repeats under it
+        cipher = Cipher(algorithms.ChaCha20(os.urandom(32), nonce), mode=None)
+        return cipher.encryptor().update(bytes(num_bytes))
 
 
 def uniform_words(size: int, stream: KeyStream) -> NDArray[np.uint64]:

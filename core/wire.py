@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PROTOCOL = 1
 MESSAGE_TYPE = "query.answer"
 MAX_INPUT_BYTES = 1 << 31
+MAX_CELL = 1 << 46  # lattice steps: eight million users in one cell; no sum of clients wraps
 _MAX_TEXT = 1 << 20
 _MAX_ARRAYS, _MAX_SIDES = 1000, 8
 _DTYPES = {"float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"}
@@ -76,13 +77,24 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """A client's answer: an integer sum, or a fixed code that says why there is none."""
+    """A client's answer: an integer sum, or a fixed code that says why there is none.
+
+    Attributes:
+      run: As asked.
+      round: As asked.
+      attempt: As asked.
+      code: `OK`, or why there is no sum.
+      total: `(dim,)`, on the query's lattice.
+      site: Random name of the odometer that answered, by which a server knows two nodes of one
+        site apart from two sites; `"none"` with a refusal.
+    """
 
     run: str
     round: int
     attempt: int
     code: ClientCode
-    total: NDArray[np.int64] | None = None  # (dim,), on the query's lattice
+    total: NDArray[np.int64] | None = None
+    site: str = "none"
 
 
 def canonical(data: Any) -> str:
@@ -184,6 +196,7 @@ def reply_to_records(reply: Reply) -> "RecordDict":
         "round": reply.round,
         "attempt": reply.attempt,
         "code": int(reply.code),
+        "site": reply.site,
     }
     return RecordDict({"reply": ConfigRecord(config), "arrays": ArrayRecord(arrays)})
 
@@ -211,6 +224,7 @@ def reply_from_records(records: Mapping[str, Any], *, dim: int) -> Reply:
         take.whole("round", 0, 1 << 30),
         take.whole("attempt", 0, 1 << 20),
     )
+    site = take.identity("site")
     take.nothing_left()
     arrays = _arrays(records["arrays"])
     if code != ClientCode.OK:
@@ -222,7 +236,9 @@ def reply_from_records(records: Mapping[str, Any], *, dim: int) -> Reply:
     total = _decode(arrays["total"], {"int64"}, max_bytes=8 * dim)
     if total.shape != (dim,):
         raise WireError(f"a reply of shape {total.shape} where ({dim},) was asked for")
-    return Reply(run, round_, attempt, ClientCode.OK, total)
+    if max(int(total.max()), -int(total.min())) > MAX_CELL:
+        raise WireError("a reply with a cell larger than any client's users could give")
+    return Reply(run, round_, attempt, ClientCode.OK, total, site)
 
 
 class _Taker:

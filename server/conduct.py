@@ -126,6 +126,12 @@ def plan_of(config: RunConfig, *, run: str | None = None) -> Plan:
     budget = config.run_budget
     noise = accounting.calibrate(lambda z: strategy.event(schema, z), budget)
     event = strategy.event(schema, noise)
+    if config.unit.max_clients > 1 and any(prob < 1 for _, prob in accounting.leaves(event)):
+        raise ConfigError(
+            f"strategy {config.strategy.name!r} samples users by coins, but a user may lie at"
+            f" {config.unit.max_clients} clients, which flip a coin each; what that costs has no"
+            " price here. Use sampling_prob = 1, or unit.max_clients = 1"
+        )
     accounting.price(event, budget.delta)  # the cross-check must hold before anything is asked
     return Plan(run or new_run_id(config.strategy.name), config, schema, strategy, noise, event)
 

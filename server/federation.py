@@ -157,6 +157,7 @@ def _accepted(
 ) -> tuple[dict[int, NDArray[np.int64]], Counter[str]]:
     """Valid sums by client, each client once, and how often each other thing came."""
     sums: dict[int, NDArray[np.int64]] = {}
+    sites: set[str] = set()
     codes: Counter[str] = Counter()
     for message in replies:
         node = message.metadata.src_node_id
@@ -175,8 +176,11 @@ def _accepted(
             codes[_described(reply.code)] += 1
         elif (reply.run, reply.round, reply.attempt) != (ask.run, ask.round, ask.attempt):
             codes["a reply to another round"] += 1
+        elif reply.site in sites:
+            codes["a second node of a site that answered already: give each its own state"] += 1
         else:
             sums[node] = reply.total
+            sites.add(reply.site)
     return sums, codes
 
 

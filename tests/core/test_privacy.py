@@ -15,7 +15,7 @@ def test_an_impossible_epsilon_is_refused(epsilon, accept_weak):
         Budget(epsilon=epsilon, delta=1e-6, accept_weak=accept_weak)
 
 
-@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-6, math.nan, math.inf, 0, 1, "1e-6", None])
+@pytest.mark.parametrize("delta", [0.0, 1e-13, 1.0, -1e-6, math.nan, math.inf, 0, 1, "1e-6", None])
 def test_an_impossible_delta_is_refused(delta):
     with pytest.raises(ConfigError, match="delta"):
         Budget(epsilon=1, delta=delta)

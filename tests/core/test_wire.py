@@ -83,12 +83,23 @@ def test_arrays_of_any_shape_survive_the_trip(dtype, shape):
 
 
 def test_a_reply_survives_the_trip():
-    total = np.array([1, -(2**40), 0, 5, 6, 2**62])
+    total = np.array([1, -(2**40), 0, 5, 6, 2**46])
 
-    got = reply_from_records(reply_to_records(Reply("r", 1, 2, ClientCode.OK, total)), dim=DIM)
+    got = reply_from_records(
+        reply_to_records(Reply("r", 1, 2, ClientCode.OK, total, "a1")), dim=DIM
+    )
 
     assert got.total.tolist() == total.tolist()
     assert (got.run, got.round, got.attempt, got.code) == ("r", 1, 2, ClientCode.OK)
+    assert got.site == "a1"
+
+
+@pytest.mark.parametrize("value", [2**46 + 1, -(2**46) - 1, 2**63 - 1, -(2**63)])
+def test_a_cell_that_could_make_a_sum_wrap_is_refused(value):
+    records = reply_to_records(Reply("r", 1, 1, ClientCode.OK, np.array([0, value])))
+
+    with pytest.raises(WireError, match="larger than any"):
+        reply_from_records(records, dim=2)
 
 
 @pytest.mark.parametrize("code", [c for c in ClientCode if c is not ClientCode.OK])
@@ -111,7 +122,7 @@ def raw(data=b"\0" * 8 * DIM, dtype="int64", shape=(DIM,), stype="fedsynth.raw")
 
 
 def reply_records(array=None, extra=None, **config):
-    facts = {"protocol": 1, "run": "r", "round": 1, "attempt": 1, "code": 0} | config
+    facts = {"protocol": 1, "run": "r", "round": 1, "attempt": 1, "code": 0, "site": "s"} | config
     arrays = {"total": array or raw()} | (extra or {})
     return RecordDict({"reply": ConfigRecord(facts), "arrays": ArrayRecord(arrays)})
 
@@ -136,6 +147,7 @@ def reply_records(array=None, extra=None, **config):
         reply_records(run=5),
         reply_records(round=-1),
         reply_records(num_examples=1000),
+        reply_records(site="../x"),
         reply_records(protocol=2),
         RecordDict({}),
         RecordDict({"reply": MetricRecord({"code": 0}), "arrays": ArrayRecord({"total": raw()})}),
@@ -208,7 +220,7 @@ def test_a_request_without_any_one_key_is_refused(key):
 
 def mutated(rng):
     """A reply with one to three things changed, and whether it may still be accepted."""
-    config = {"protocol": 1, "run": "r", "round": 1, "attempt": 1, "code": 0}
+    config = {"protocol": 1, "run": "r", "round": 1, "attempt": 1, "code": 0, "site": "s"}
     fields = {"dtype": "int64", "shape": (DIM,), "stype": "fedsynth.raw", "data": b"\0" * 8 * DIM}
     odd = [0, -1, 1, 2**70, 1.5, float("nan"), "", "x" * 300, b"", True, "nan", [1, 2], [2.5]]
     for _ in range(rng.randint(1, 3)):

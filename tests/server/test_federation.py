@@ -40,13 +40,15 @@ Answer = Callable[[Ask, int], RecordDict]
 def ok(ask: Ask, number: int) -> RecordDict:
     """What an honest client says: its number, in every coordinate."""
     total = np.full(ask.query.dim, number, dtype=np.int64)
-    return reply_to_records(Reply(ask.run, ask.round, ask.attempt, ClientCode.OK, total))
+    site = f"site-{number}"
+    return reply_to_records(Reply(ask.run, ask.round, ask.attempt, ClientCode.OK, total, site))
 
 
 def says(**changes: Any) -> Answer:
     def answer(ask: Ask, number: int) -> RecordDict:
         total = np.full(ask.query.dim, number, dtype=np.int64)
-        reply = Reply(ask.run, ask.round, ask.attempt, ClientCode.OK, total)
+        site = f"site-{number}"
+        reply = Reply(ask.run, ask.round, ask.attempt, ClientCode.OK, total, site)
         return reply_to_records(replace(reply, **changes))
 
     return answer
@@ -108,6 +110,8 @@ BAD: dict[str, Answer] = {
     "more sides than numpy holds": with_array(
         Array(dtype="int64", shape=(1,) * 70 + (3,), stype="fedsynth.raw", data=bytes(24))
     ),
+    "a site that answered already": says(site="site-0"),
+    "a cell that makes the sum wrap": says(total=np.full(3, 2**62)),
     "an exception": raises,
 }
 

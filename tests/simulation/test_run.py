@@ -423,6 +423,33 @@ def test_a_user_at_several_clients_is_paid_for(described, tmp_path):
     assert sealed.stddev == pytest.approx(plan.noise_multiplier * 3 * 2**0.5)
 
 
+def test_coins_of_several_clients_are_refused_for_they_have_no_price(described, tmp_path):
+    described["unit"]["max_clients"] = 2
+    described["strategy"] = {"name": "dp_fedavg", "sampling_prob": 0.5}
+
+    with pytest.raises(ConfigError, match="flip a coin each"):
+        plan_of(config_of(described, tmp_path))
+
+
+def test_a_record_never_stands_in_a_log(described, tmp_path, monkeypatch, caplog):
+    from fedsynth.strategies.independent import Independent
+
+    honest = Independent.answer
+
+    def indiscreet(self, query, shard, rng):
+        if shard.num_users:
+            raise ValueError(f"cannot read {shard.records.codes.tolist()} MARKED")
+        return honest(self, query, shard, rng)
+
+    monkeypatch.setattr(Independent, "answer", indiscreet)
+    caplog.set_level("DEBUG")
+
+    run(config_of(described, tmp_path))
+
+    assert "count as zeros: ValueError at" in caplog.text
+    assert "MARKED" not in caplog.text
+
+
 def test_a_strategy_that_asks_outside_its_event_is_stopped(tmp_path, described, monkeypatch):
     from fedsynth.strategies.independent import Independent
 

@@ -112,5 +112,8 @@ def test_a_hundred_forks_never_share_a_stream():
     assert len(set(seen)) == 101
 
 
-def test_two_streams_differ():
+def test_no_two_reads_are_equal():
+    stream = OsKeyStream()
+
+    assert not np.array_equal(uniform_words(4, stream), uniform_words(4, stream))
     assert not np.array_equal(uniform_words(4, OsKeyStream()), uniform_words(4, OsKeyStream()))
