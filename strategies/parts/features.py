@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random Fourier features of records, and of what a generator makes before it is sampled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.records import Records
+
+_GRID = 2.0**30  # angles of pixels lie on this grid: sums of them are exact, in any order
+_NUMBER_SPREAD = 3.0  # a number's range, against the distance of one between two categories
+
+
+@dataclass(frozen=True)
+class Features:
+    """A public map of records to vectors of norm one, whose inner products are a kernel.
+
+    A record turns each of `num_frequencies` wheels by an angle: the sum of an angle for each
+    pixel, in proportion to its value, and of an angle for each table column's cell. Its features
+    are the cosines and sines of the wheels. The mean over records tells distributions apart, at
+    the finer scales the more frequencies there are.
+
+    Attributes:
+      pixels: Angle of each wheel for one step of each pixel's 255,
+        `(num_pixels, num_frequencies)`.
+      cells: Angle of each wheel for each cell, one array `(num_cells, num_frequencies)` a table
+        column; empty for a column that is left out.
+
+    Reference:
+      Rahimi, Recht (2007), "Random Features for Large-Scale Kernel Machines", algorithm 1.
+    """
+
+    pixels: NDArray[np.float64]
+    cells: tuple[NDArray[np.float32], ...]
+
+    @staticmethod
+    def draw(
+        *,
+        seed: int,
+        num_frequencies: int,
+        bandwidths: Sequence[float],
+        num_pixels: int,
+        num_cells: Sequence[int],
+        num_bins: Sequence[int],
+    ) -> "Features":
+        """The features of a seed: the same at every client and at the server.
+
+        Args:
+          seed: Public.
+          num_frequencies: Wheels; half the number of features.
+          bandwidths: Scales of the kernel, dealt to the wheels in turn. 1 is the root mean
+            square distance of two records that differ in every pixel by its whole range, or
+            in every column.
+          num_pixels: Pixels of an image times channels; 0 without images.
+          num_cells: Cells of each table column; 0 leaves a column out.
+          num_bins: How many of a column's first cells are the bins of a number, which turn a
+            wheel in proportion to their place; 0 for a category.
+        """
+        columns = sum(cells > 0 for cells in num_cells)
+        scale = 1.0 / np.resize(np.asarray(bandwidths, dtype=np.float64), num_frequencies)
+        source = np.random.PCG64(seed)
+        pixels = _normals(source, num_pixels, num_frequencies)
+        pixels *= scale / (255.0 * max(1, num_pixels) ** 0.5)
+        cells = []
+        for count, bins in zip(num_cells, num_bins, strict=True):
+            # half of the squared distance between two categories, so that it is one in all
+            angles = _normals(source, count, num_frequencies) * 0.5**0.5
+            if count and bins:
+                places = (np.arange(bins) + 0.5) / bins
+                angles[:bins] = np.outer(places, angles[0]) * (_NUMBER_SPREAD * 2**0.5)
+            cells.append((angles * (scale / max(1, columns) ** 0.5)).astype(np.float32))
+        return Features(np.rint(pixels * _GRID) / _GRID, tuple(cells))
+
+    def of(self, records: Records) -> NDArray[np.float32]:
+        """Features of each record, `(num_records, 2 * num_frequencies)`, each row of norm one.
+
+        A record's row is the same to the bit whatever other records stand beside it. Where a
+        code is no cell of its column, the record's row is NaN.
+        """
+        num_records, num_frequencies = len(records), self.pixels.shape[1]
+        angles = np.zeros((num_records, num_frequencies), dtype=np.float32)
+        if records.images is not None and len(self.pixels):
+            # whole numbers on a grid, in float64: no rounding, so no dependence on the batch
+            flat = records.images.reshape(num_records, -1).astype(np.float64)
+            angles += flat @ self.pixels
+        for codes, cells in zip(records.codes.T, self.cells, strict=True):
+            if len(cells):
+                known = (codes >= 0) & (codes < len(cells))
+                angles += cells[np.where(known, codes, 0)]
+                angles[~known] = np.nan
+        features = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+        features *= np.float32(num_frequencies**-0.5)
+        return features
+
+    def wheel(self, column: int) -> NDArray[np.complex64]:
+        """Point on the circle for each cell of a table column and each frequency."""
+        points: NDArray[np.complex64] = np.exp(1j * self.cells[column]).astype(np.complex64)
+        return points
+
+
+def _normals(source: np.random.PCG64, rows: int, columns: int) -> NDArray[np.float64]:
+    """Standard normal numbers by Box and Muller, from raw words: numpy never changes those."""
+    half = rows * columns
+    words = source.random_raw(2 * half).reshape(2, half) >> np.uint64(11)
+    radius = np.sqrt(-2.0 * np.log((words[0] + np.uint64(1)) * 2.0**-53))
+    normals = radius * np.cos(words[1] * (2.0 * np.pi * 2.0**-53))
+    return np.asarray(normals.reshape(rows, columns), dtype=np.float64)
