@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 
 import report  # first: it sets up threads and paths
-
 from fedsynth.core.failpoints import NAMES
 from fedsynth.simulation.faults import random_kill_times, small_run, survive, typical_seconds
 
@@ -37,7 +36,9 @@ def main() -> int:
     figures.add("all", "runs killed", sum(s.kills > 0 for s in survivals), unit="runs")
     figures.add("all", "kills", sum(s.kills for s in survivals), unit="kills")
     figures.add("all", "runs that finished", sum(s.finished for s in survivals), unit="runs")
-    figures.add("all", "rounds lost and charged", sum(s.void_rounds for s in survivals), unit="rounds")
+    figures.add(
+        "all", "rounds lost and charged", sum(s.void_rounds for s in survivals), unit="rounds"
+    )
     figures.add("all", "broken promises", sum(len(s.violations) for s in survivals), unit="")
     for survival in survivals:
         if not survival.ok:

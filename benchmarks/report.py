@@ -122,12 +122,12 @@ class Report:
 
         table = Table(title=f"{self.benchmark}{' --quick' if self.quick else ''}")
         for heading in ("case", "metric", "mean", "± std", "n", "unit", "peer"):
-            table.add_column(heading, justify="right" if heading in ("mean", "± std", "n") else "left")
+            table.add_column(
+                heading, justify="right" if heading in ("mean", "± std", "n") else "left"
+            )
         for f in self.figures:
             spread = f"{f.std:.2g}" if f.n > 1 else ""
-            table.add_row(
-                f.case, f.metric, f"{f.mean:.4g}", spread, str(f.n), f.unit, f.peer or ""
-            )
+            table.add_row(f.case, f.metric, f"{f.mean:.4g}", spread, str(f.n), f.unit, f.peer or "")
         console = Console(width=None if sys.stdout.isatty() else 140)
         console.print(table)
         for line in self._notes:

@@ -4,7 +4,6 @@
 import random
 
 import pytest
-
 from fedsynth.core.failpoints import NAMES
 from fedsynth.simulation.faults import (
     random_kill_times,
