@@ -33,8 +33,8 @@ class Query:
       sampling_prob: Each user answers with this probability, by a coin the client flips and
         keeps secret; in (0, 1].
       inputs: Public arrays that clients need to answer: weights, candidates, cliques.
-      cells: Users' vectors are counts of cells (`Contribution.cells`), not dense rows, so the
-        size of a block of users does not depend on `dim`.
+      cells: Users' vectors are counts of cells (`Contribution.cells`), not dense rows: a hint by
+        which a plan reckons memory and signal. Clients see for themselves.
 
     Privacy:
       Adding or removing one user changes the sum by at most `clip` in L2 at each client that
