@@ -185,7 +185,7 @@ def _checked(query: Query, num_columns: int) -> tuple[NDArray[Any], ...]:
         and columns.ndim == starts.ndim == sizes.ndim == groups.ndim == heights.ndim == 1
         and members.ndim == 2
         and members.shape[1] == 2
-        and len(members) == len(heights) > 0
+        and query.dim >= len(members) == len(heights) > 0
         and len(columns) == len(sizes) == len(starts) - 1
         and starts[0] == 0
         and starts[-1] == len(groups)
