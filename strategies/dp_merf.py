@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _INSIDE = 1 - 1e-6  # a user's vector stays within the clip in spite of float32 rounding
 _RECORDS = 2048  # records whose features are held at a time, unless one user has more
+_FOR_IMAGES, _FOR_TABLES = 2000, 500  # random features
 _MOST_LABELS = 256
 _MOST_NUMBERS = 1 << 27  # in the map of records to features
 
@@ -36,8 +37,8 @@ class DpMerf(Strategy):
       label: Column that records are told apart by; `None`: the schema's target if that is a
         category; `""`: none.
       num_features: Random features; even. The more, the finer; a user sends this many numbers
-        for each label.
-      bandwidths: Scales of the kernel, half of the features each; see `Features.draw`.
+        for each label, beside one for each cell. `None`: 2000 for images, 500 for tables alone.
+      bandwidths: Scales of the kernel, an equal part of the features each; see `Features.draw`.
       label_weight: How much of a user's unit norm is spent on the number of records of each
         label, in (0, 1).
       feature_seed: Public seed of the features.
@@ -61,13 +62,13 @@ class DpMerf(Strategy):
     """
 
     label: str | None = None
-    num_features: int = 2000
+    num_features: int | None = None
     bandwidths: tuple[float, ...] = (0.15, 0.2)
     label_weight: float = 0.3
     feature_seed: int = 0
     num_codes: int = 10
     num_hidden: int = 128
-    num_steps: int = 600
+    num_steps: int = 500
     batch_size: int = 200
     learning_rate: float = 0.01
     shrinkage: float = 7.0
@@ -77,7 +78,7 @@ class DpMerf(Strategy):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        if self.num_features < 2 or self.num_features % 2:
+        if self.num_features is not None and (self.num_features < 2 or self.num_features % 2):
             raise ConfigError(f"num_features must be even and above 0, not {self.num_features}")
         if not self.bandwidths or not all(0 < b < 1e6 for b in self.bandwidths):
             raise ConfigError(f"bandwidths must be numbers above 0, not {self.bandwidths!r}")
@@ -109,7 +110,7 @@ class DpMerf(Strategy):
         num_pixels = 0 if schema.image is None else schema.image.num_pixels
         noisy = yield Query(
             "mean_features",
-            dim=num_labels * (self.num_features + 1),
+            dim=num_labels * (self._width(num_pixels) + int(cells.sum()) + 1),
             clip=1.0,
             noise_multiplier=noise_multiplier,
             inputs={
@@ -139,10 +140,11 @@ class DpMerf(Strategy):
         """The mean over each user's records of features in the place of the record's label."""
         label = int(query.inputs["label"][0])
         cells, bins = query.inputs["num_cells"], query.inputs["num_bins"]
-        num_labels = query.dim // (self.num_features + 1)
+        num_pixels = int(query.inputs["num_pixels"][0])
         rows = np.zeros((shard.num_users, query.dim), dtype=np.float32)
         if shard.num_users:
-            features = self._features(int(query.inputs["num_pixels"][0]), cells, bins)
+            features = self._features(num_pixels, cells, bins)
+            num_labels = query.dim // (features.num_features + 1)
             for first, users in _in_blocks(shard, max(1, _RECORDS // shard.max_records)):
                 part = rows[first : first + users.num_users]
                 self._fill(part, users, features, label, num_labels)
@@ -171,22 +173,22 @@ class DpMerf(Strategy):
         # records of one user and label are added in the order in which the user holds them
         means = np.add.reduceat(made[order], starts, axis=0)
         where = np.divmod(key[starts], num_labels)
-        by_label = rows[:, : num_labels * self.num_features]
-        by_label = by_label.reshape(users.num_users, num_labels, self.num_features)
+        means_end = num_labels * made.shape[1]
+        by_label = rows[:, :means_end].reshape(users.num_users, num_labels, made.shape[1])
         by_label[where] = means * np.float32((1 - self.label_weight**2) ** 0.5)
         weights = np.add.reduceat(shares[order], starts)
-        rows[:, num_labels * self.num_features :][where] = weights * np.float32(self.label_weight)
+        rows[:, means_end:][where] = weights * np.float32(self.label_weight)
 
     def _target(self, noisy: NoisySum, num_labels: int) -> Target:
         """Shares of the labels and their mean features, from the noisy sum."""
-        sums, masses = np.split(noisy.vector / _INSIDE, [num_labels * self.num_features])
+        sums, masses = np.split(noisy.vector / _INSIDE, [-num_labels])
         masses = masses / self.label_weight
         # fewer users than noise could make up are not to be divided by
         least = noisy.stddev * num_labels**0.5 / self.label_weight
         total = max(float(masses.sum()), least, 1e-9)
         scale = (1 - self.label_weight**2) ** 0.5 * total
         return Target(
-            means=sums.reshape(num_labels, self.num_features) / scale,
+            means=sums.reshape(num_labels, -1) / scale,
             label_probs=to_simplex(masses / total),
             variance=(noisy.stddev / scale) ** 2,
         )
@@ -206,17 +208,23 @@ class DpMerf(Strategy):
             or cells.shape != bins.shape
             or min([0, *counts[0], *counts[1]]) < 0
             or any(b > c > 0 for c, b in zip(*counts, strict=True))
-            or rows * self.num_features > _MOST_NUMBERS
+            or rows * self._width(num_pixels) > _MOST_NUMBERS
         ):
             raise ConfigError("the sizes of a record's columns are impossible")
         return Features.draw(
             seed=self.feature_seed,
-            num_frequencies=self.num_features // 2,
+            num_frequencies=self._width(num_pixels) // 2,
             bandwidths=self.bandwidths,
             num_pixels=num_pixels,
             num_cells=counts[0],
             num_bins=counts[1],
         )
+
+    def _width(self, num_pixels: int) -> int:
+        """Number of random features."""
+        if self.num_features is not None:
+            return self.num_features
+        return _FOR_IMAGES if num_pixels else _FOR_TABLES
 
     def _label(self, schema: Schema) -> int:
         """Position of the label column, or -1.

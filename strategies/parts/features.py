@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ...core.records import Records
 
 _GRID = 2.0**30  # angles of pixels lie on this grid: sums of them are exact, in any order
+_CELL_SHARE = 0.8  # of a record's squared norm, spent on its cells one by one
 _NUMBER_SPREAD = 3.0  # a number's range, against the distance of one between two categories
 
 
@@ -19,14 +20,14 @@ class Features:
 
     A record turns each of `num_frequencies` wheels by an angle: the sum of an angle for each
     pixel, in proportion to its value, and of an angle for each table column's cell. Its features
-    are the cosines and sines of the wheels. The mean over records tells distributions apart, at
-    the finer scales the more frequencies there are.
+    are the cosines and sines of the wheels, which see columns and pixels together, and a one for
+    each cell that it lights, which see each column clearly by itself.
 
     Attributes:
       pixels: Angle of each wheel for one step of each pixel's 255,
         `(num_pixels, num_frequencies)`.
       cells: Angle of each wheel for each cell, one array `(num_cells, num_frequencies)` a table
-        column; empty for a column that is left out.
+        column; without rows for a column that is left out.
 
     Reference:
       Rahimi, Recht (2007), "Random Features for Large-Scale Kernel Machines", algorithm 1.
@@ -49,10 +50,9 @@ class Features:
 
         Args:
           seed: Public.
-          num_frequencies: Wheels; half the number of features.
-          bandwidths: Scales of the kernel, dealt to the wheels in turn. 1 is the root mean
-            square distance of two records that differ in every pixel by its whole range, or
-            in every column.
+          num_frequencies: Wheels; half the number of their features.
+          bandwidths: Scales of the kernel, dealt to the wheels in turn. 1 is the distance of two
+            records that differ in every pixel by its whole range, or in every column.
           num_pixels: Pixels of an image times channels; 0 without images.
           num_cells: Cells of each table column; 0 leaves a column out.
           num_bins: How many of a column's first cells are the bins of a number, which turn a
@@ -65,7 +65,7 @@ class Features:
         pixels *= scale / (255.0 * max(1, num_pixels) ** 0.5)
         cells = []
         for count, bins in zip(num_cells, num_bins, strict=True):
-            # half of the squared distance between two categories, so that it is one in all
+            # two categories are at distance one: each gets half of the variance
             angles = _normals(source, count, num_frequencies) * 0.5**0.5
             if count and bins:
                 places = (np.arange(bins) + 0.5) / bins
@@ -73,25 +73,47 @@ class Features:
             cells.append((angles * (scale / max(1, columns) ** 0.5)).astype(np.float32))
         return Features(np.rint(pixels * _GRID) / _GRID, tuple(cells))
 
+    @property
+    def num_features(self) -> int:
+        """Length of a record's vector: two numbers a wheel, then one a cell."""
+        return 2 * int(self.pixels.shape[1]) + sum(len(cells) for cells in self.cells)
+
+    @property
+    def wheel_height(self) -> np.float32:
+        """Factor of a cosine or sine, so that all of them together have their share of norm."""
+        share = 1 - _CELL_SHARE if any(len(cells) for cells in self.cells) else 1.0
+        return np.float32((share / self.pixels.shape[1]) ** 0.5)
+
+    @property
+    def cell_height(self) -> np.float32:
+        """Height of the one that stands for a cell."""
+        return np.float32((_CELL_SHARE / max(1, sum(len(c) > 0 for c in self.cells))) ** 0.5)
+
     def of(self, records: Records) -> NDArray[np.float32]:
-        """Features of each record, `(num_records, 2 * num_frequencies)`, each row of norm one.
+        """Features of each record, `(num_records, num_features)`, each row of norm one.
 
         A record's row is the same to the bit whatever other records stand beside it. Where a
-        code is no cell of its column, the record's row is NaN.
+        code is no cell of its column, the record's row is not finite.
         """
         num_records, num_frequencies = len(records), self.pixels.shape[1]
+        features = np.zeros((num_records, self.num_features), dtype=np.float32)
         angles = np.zeros((num_records, num_frequencies), dtype=np.float32)
         if records.images is not None and len(self.pixels):
             # whole numbers on a grid, in float64: no rounding, so no dependence on the batch
             flat = records.images.reshape(num_records, -1).astype(np.float64)
             angles += flat @ self.pixels
+        first = 2 * num_frequencies
         for codes, cells in zip(records.codes.T, self.cells, strict=True):
             if len(cells):
                 known = (codes >= 0) & (codes < len(cells))
-                angles += cells[np.where(known, codes, 0)]
+                places = np.where(known, codes, 0)
+                angles += cells[places]
                 angles[~known] = np.nan
-        features = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-        features *= np.float32(num_frequencies**-0.5)
+                features[np.arange(num_records), first + places] = self.cell_height
+                first += len(cells)
+        height = self.wheel_height
+        np.multiply(np.cos(angles), height, out=features[:, :num_frequencies])
+        np.multiply(np.sin(angles), height, out=features[:, num_frequencies : 2 * num_frequencies])
         return features
 
     def wheel(self, column: int) -> NDArray[np.complex64]:

@@ -5,6 +5,7 @@ Plain numpy on both ends: the network samples without torch, and its gradient is
 to write out.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -110,7 +111,10 @@ class Network(Synthesizer):
         fits = (
             len(widths) == 4
             and widths[0] > num_labels
-            and all(w.shape == (a, b) for w, a, b in zip(weights, widths, widths[1:], strict=False))
+            and all(
+                w.shape == pair
+                for w, pair in zip(weights[:3], itertools.pairwise(widths), strict=True)
+            )
             and all(w.shape == (b,) for w, b in zip(weights[3:], widths[1:], strict=True))
             and probs.shape == (num_labels,)
             and (probs >= 0).all()
@@ -127,7 +131,7 @@ class Target:
 
     Attributes:
       means: Share of the label times the mean features of its records, with noise,
-        `(num_labels, 2 * num_frequencies)`.
+        `(num_labels, num_features)`.
       label_probs: Share of each label, `(num_labels,)`, summing to one.
       variance: Of the noise in each number of `means`.
     """
@@ -155,7 +159,7 @@ class Fitting:
 
     num_codes: int = 10
     num_hidden: int = 128
-    num_steps: int = 600
+    num_steps: int = 500
     batch_size: int = 200
     learning_rate: float = 1e-2
     shrinkage: float = 7.0
@@ -206,24 +210,22 @@ def fitted(
       mean over drawn cells and the prior are additions.
     """
     num_labels = len(target.label_probs)
-    num_frequencies = target.means.shape[1] // 2
     shares = (target.label_probs * num_labels).astype(np.float32)
-    parts = np.split(target.means * (num_labels * num_frequencies**0.5), 2, axis=1)
-    wanted = (parts[0] + 1j * parts[1]).astype(np.complex64)
     pull = np.float32(min(_MOST_PULL, fitting.shrinkage * target.variance * num_labels**2))
     maker = _Maker.of(schema, label, features, fitting)
     weights = _first_weights(schema, label, num_labels, fitting, rng)
     adam = _Adam(weights)
     each = max(2, -(-fitting.batch_size // num_labels))
     labels = np.repeat(np.arange(num_labels), each)
-    share, aim = np.repeat(shares, each)[:, None], np.repeat(wanted, each, axis=0)
+    share = np.repeat(shares, each)[:, None]
+    aim = np.repeat((target.means * num_labels).astype(np.float32), each, axis=0)
     for step in range(fitting.num_steps):
         hidden = layers(weights, inputs_of(labels, num_labels, weights, rng))
         made = maker.make(hidden[-1], rng)
         # a record's gradient sees the mean of the others, so that no variance is paid for
-        total = made.mean.reshape(num_labels, each, -1).sum(axis=1)
-        beside = (np.repeat(total, each, axis=0) - made.mean) / np.float32(each - 1)
-        gap = share * (share * beside - aim) * np.float32(2 / (each * num_frequencies))
+        total = made.features.reshape(num_labels, each, -1).sum(axis=1)
+        beside = (np.repeat(total, each, axis=0) - made.features) / np.float32(each - 1)
+        gap = (share * (share * beside - aim) * np.float32(2 / each)).astype(np.float32)
         gradient = _backward(weights, hidden, maker.slope(made, gap))
         for slope, weight in zip(gradient, weights, strict=True):
             slope += pull * weight
@@ -294,7 +296,7 @@ def _first_weights(
     hidden = fitting.num_hidden
     widths = [fitting.num_codes + num_labels, hidden, hidden, num_outputs(schema, label)]
     matrices: Weights = []
-    for rows, columns in zip(widths, widths[1:], strict=False):
+    for rows, columns in itertools.pairwise(widths):
         normal = rng.standard_normal((rows, columns), dtype=np.float32)
         matrices.append(normal * np.float32((2 / rows) ** 0.5))
     matrices[-1] *= np.float32(0.1)
@@ -318,13 +320,14 @@ class _Made:
     """Records on the way out of a network.
 
     Attributes:
-      mean: Their mean features over draws of cells, as points, `(num_records, num_frequencies)`.
-      parts: The factors of `mean`: the image's, then each column's.
+      features: Their mean features over draws of cells, `(num_records, num_features)`.
+      parts: Points on the wheels: the image's, then each column's mean over its cells. Their
+        product is what the wheels see.
       lit: How much of a pixel's change shows, `(num_records, num_pixels)`.
       probs: Probabilities of each column's cells.
     """
 
-    mean: NDArray[np.complex64]
+    features: NDArray[np.float32]
     parts: list[NDArray[np.complex64]]
     lit: NDArray[np.float32] | None
     probs: list[NDArray[np.float32]]
@@ -339,12 +342,16 @@ class _Maker:
       blur: Mixes neighboring pixels, `(num_pixels, num_pixels)`, or `None`.
       pixel_noise: Standard deviation of noise on a pixel.
       wheels: Points of each column's cells, `(num_cells, num_frequencies)`.
+      wheel_height: Factor of a cosine or sine.
+      cell_height: Factor of a cell's probability.
     """
 
     pixels: NDArray[np.float32]
     blur: NDArray[np.float32] | None
     pixel_noise: np.float32
     wheels: list[NDArray[np.complex64]]
+    wheel_height: np.float32
+    cell_height: np.float32
 
     @staticmethod
     def of(schema: Schema, label: int, features: Features, fitting: Fitting) -> "_Maker":
@@ -353,40 +360,47 @@ class _Maker:
             blur=None if schema.image is None else _blur(schema.image.shape, fitting.smoothing),
             pixel_noise=np.float32(fitting.pixel_noise),
             wheels=[features.wheel(column) for column in others(schema, label)],
+            wheel_height=features.wheel_height,
+            cell_height=features.cell_height,
         )
 
     def make(self, outputs: NDArray[np.float32], rng: np.random.Generator) -> _Made:
         first = len(self.pixels)
-        parts, probs, lit = [], [], None
+        parts: list[NDArray[np.complex64]] = []
+        probs: list[NDArray[np.float32]] = []
+        lit = None
         if first:
             raw = outputs[:, :first] if self.blur is None else outputs[:, :first] @ self.blur
             noise = rng.standard_normal(raw.shape, dtype=np.float32)
             shade = raw + np.float32(0.5) + self.pixel_noise * noise
             lit = np.where((shade > 0) & (shade < 1), np.float32(1), np.float32(_LEAK))
             angles = np.clip(shade, 0, 1) @ self.pixels
-            parts.append(np.cos(angles) + 1j * np.sin(angles))
+            parts.append((np.cos(angles) + 1j * np.sin(angles)).astype(np.complex64))
         for wheel in self.wheels:
             last = first + len(wheel)
             probs.append(_softmax(outputs[:, first:last]))
             parts.append(probs[-1] @ wheel)
             first = last
-        return _Made(_product(parts), parts, lit, probs)
+        seen = _product(parts) * self.wheel_height
+        cells = [p * self.cell_height for p in probs]
+        return _Made(np.concatenate([seen.real, seen.imag, *cells], axis=1), parts, lit, probs)
 
-    def slope(self, made: _Made, gap: NDArray[np.complex64]) -> NDArray[np.float32]:
-        """Gradient of the outputs, given that of `made.mean` (real parts and imaginary parts)."""
+    def slope(self, made: _Made, gap: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Gradient of the outputs, given the gradient of `made.features`."""
+        count = self.pixels.shape[1]
+        turned = (gap[:, :count] - 1j * gap[:, count : 2 * count]) * self.wheel_height
         slopes = []
-        columns = made.parts
+        beside = _without_each(made.parts)
         if made.lit is not None:
-            turn = (gap.conj() * (1j * made.mean)).real
+            turn = (turned * (1j * made.parts[0] * beside.pop(0))).real
             slope = (turn @ self.pixels.T) * made.lit
             slopes.append(slope if self.blur is None else slope @ self.blur.T)
-            columns = columns[1:]
-        skipped = len(made.parts) - len(columns)
-        for number, (wheel, probs) in enumerate(zip(self.wheels, made.probs, strict=True)):
-            rest = made.parts[: skipped + number] + made.parts[skipped + number + 1 :]
-            beside = gap.conj() * _product(rest) if rest else gap.conj()
-            chance = (beside @ wheel.T).real
+        first = 2 * count
+        for wheel, probs, rest in zip(self.wheels, made.probs, beside, strict=True):
+            chance = ((turned * rest) @ wheel.T).real
+            chance += gap[:, first : first + len(wheel)] * self.cell_height
             slopes.append(probs * (chance - (probs * chance).sum(axis=1, keepdims=True)))
+            first += len(wheel)
         return np.concatenate(slopes, axis=1)
 
     def fold(self, weights: Weights) -> None:
@@ -402,6 +416,18 @@ def _product(parts: Sequence[NDArray[np.complex64]]) -> NDArray[np.complex64]:
     for part in parts[1:]:
         product = product * part
     return product
+
+
+def _without_each(parts: Sequence[NDArray[np.complex64]]) -> list[NDArray[np.complex64]]:
+    """For each part the product of all others, in as many steps as there are parts."""
+    after = [np.ones_like(parts[0])]
+    for part in parts[:0:-1]:
+        after.append(after[-1] * part)
+    products, before = [], after[0]
+    for part, rest in zip(parts, after[::-1], strict=True):
+        products.append(before * rest)
+        before = before * part
+    return products
 
 
 def _blur(shape: tuple[int, int, int], smoothing: float) -> NDArray[np.float32] | None:
