@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DP-MERF: features of norm one, exact means, an exact gradient, and digits that are digits."""
+
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+from fedsynth.core.accounting import calibrate, leaves
+from fedsynth.core.errors import ConfigError
+from fedsynth.core.mechanism import Lattice, clipped_sum
+from fedsynth.core.privacy import Budget
+from fedsynth.core.query import NoisySum
+from fedsynth.core.records import BoundedShard, Records
+from fedsynth.core.schema import Column, ImageColumn, Schema
+from fedsynth.simulation.check import joined, made_up, small_images, small_table
+from fedsynth.simulation.direct import direct_run, non_private, prior
+from fedsynth.strategies.dp_merf import DpMerf
+from fedsynth.strategies.parts import generator
+from fedsynth.strategies.parts.features import Features
+from fedsynth.strategies.parts.generator import Fitting, Network, Target
+from fedsynth.strategies.registry import build_strategy
+
+PUBLIC = "public: made up"
+SCHEMAS = {"table": small_table(), "images": small_images()}
+MIXED = Schema(small_table().columns, small_images().image, "ill")
+RNG = np.random.default_rng(0)  # answers do not draw from it
+
+
+def category(name, size):
+    return Column(name, "category", PUBLIC, categories=tuple(map(str, range(size))))
+
+
+def first_query(strategy, schema, noise_multiplier=1.0):
+    return next(strategy.rounds(schema, noise_multiplier, np.random.default_rng(0)))
+
+
+def learned_from(strategy, schema, noisy):
+    rounds = strategy.rounds(schema, 1.0, np.random.default_rng(0))
+    query = next(rounds)
+    with pytest.raises(StopIteration) as end:
+        rounds.send(noisy(query))
+    return end.value.value
+
+
+def rows_of(strategy, query, shard):
+    return strategy.answer(query, shard, RNG).dense
+
+
+def features_for(strategy, schema):
+    inputs = first_query(strategy, schema).inputs
+    return Features.draw(
+        seed=strategy.feature_seed,
+        num_frequencies=strategy.num_features // 2,
+        bandwidths=strategy.bandwidths,
+        num_pixels=int(inputs["num_pixels"][0]),
+        num_cells=inputs["num_cells"].tolist(),
+        num_bins=inputs["num_bins"].tolist(),
+    )
+
+
+@pytest.mark.parametrize("schema", [*SCHEMAS.values(), MIXED], ids=["table", "images", "mixed"])
+def test_every_user_fits_the_clip_and_one_of_a_single_label_fills_it(schema):
+    strategy = DpMerf()
+    query = first_query(strategy, schema)
+    shard = made_up(schema, [1, 2, 30, 1, 500], seed=3)
+
+    norms = np.linalg.norm(rows_of(strategy, query, shard).astype(np.float64), axis=1)
+
+    assert (norms <= query.clip).all()
+    assert norms[[0, 3]] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_sum_of_one_record_users_holds_exact_means_of_each_label():
+    schema, strategy = SCHEMAS["table"], DpMerf(num_features=20, label_weight=0.6)
+    query = first_query(strategy, schema)
+    shard = made_up(schema, [1] * 40, seed=5)
+    features, ill = features_for(strategy, schema), shard.records.codes[:, 4]
+
+    total = clipped_sum(strategy.answer(query, shard, RNG), query) * Lattice.of(query).unit
+
+    each = features.of(shard.records)
+    expected = np.stack([each[ill == k].sum(axis=0) for k in (0, 1)])
+    assert total[:-2] == pytest.approx(0.8 * expected.ravel(), abs=1e-4)
+    assert total[-2:] == pytest.approx(0.6 * np.bincount(ill), abs=1e-4)
+
+
+def test_a_user_with_many_records_sends_their_mean():
+    schema, strategy = SCHEMAS["images"], DpMerf(num_features=20)
+    query = first_query(strategy, schema)
+    shard = made_up(schema, [7], seed=5)
+    apart = BoundedShard(shard.records, np.arange(7), 7, 1)
+
+    together = rows_of(strategy, query, shard)[0]
+
+    assert together == pytest.approx(rows_of(strategy, query, apart).mean(axis=0), abs=1e-6)
+
+
+@pytest.mark.parametrize("schema", [*SCHEMAS.values(), MIXED], ids=["table", "images", "mixed"])
+def test_a_users_row_is_the_same_to_the_bit_in_any_company(schema):
+    strategy = DpMerf()
+    query = first_query(strategy, schema)
+    user = made_up(schema, [3], seed=1)
+    others = [made_up(schema, counts, seed=2) for counts in ([1], [40, 2, 9], [1] * 133)]
+
+    alone = rows_of(strategy, query, user)[0]
+
+    for crowd in others:
+        assert np.array_equal(rows_of(strategy, query, joined(crowd, user))[-1], alone)
+        assert np.array_equal(rows_of(strategy, query, joined(user, crowd))[0], alone)
+
+
+@pytest.mark.parametrize("column", [0, 4])
+def test_a_user_with_a_code_outside_the_schema_counts_as_zeros(column):
+    schema, strategy = SCHEMAS["table"], DpMerf(num_features=20)
+    query = first_query(strategy, schema)
+    good, bad = made_up(schema, [1, 2], seed=1), made_up(schema, [3], seed=2)
+    bad.records.codes[1, column] = -1
+
+    total = clipped_sum(strategy.answer(query, joined(good, bad), RNG), query)
+
+    assert np.array_equal(total, clipped_sum(strategy.answer(query, good, RNG), query))
+
+
+def test_features_stand_for_a_gaussian_kernel():
+    features = Features.draw(
+        seed=1,
+        num_frequencies=20_000,
+        bandwidths=(0.5,),
+        num_pixels=16,
+        num_cells=[],
+        num_bins=[],
+    )
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 1), dtype=np.uint8)
+
+    one, two = features.of(Records(np.zeros((2, 0), dtype=np.int32), images)).astype(np.float64)
+
+    gap = (images[0] / 255.0 - images[1] / 255.0).ravel()
+    kernel = np.exp(-(gap @ gap) / 16 / (2 * 0.5**2))
+    assert one @ one == pytest.approx(1.0, abs=1e-5)
+    assert one @ two == pytest.approx(kernel, abs=0.03)
+
+
+def test_bins_of_a_number_are_the_closer_the_nearer_they_lie():
+    features = Features.draw(
+        seed=1, num_frequencies=5000, bandwidths=(0.5,), num_pixels=0, num_cells=[11], num_bins=[10]
+    )
+
+    wheel = features.wheel(0)
+    likeness = (wheel[0].conj() * wheel).real.mean(axis=1)  # bin 0 with each, the missing cell last
+
+    assert (np.diff(likeness[:6]) < 0).all()
+    # a tenth of a number's range is 0.3 of the distance between two categories
+    assert likeness[1] == pytest.approx(np.exp(-((0.3 / 0.5) ** 2) / 2), abs=0.03)
+    assert likeness[10] < 0.3
+
+
+def test_mean_features_of_a_network_are_those_of_its_records():
+    schema = SCHEMAS["table"]
+    strategy = DpMerf(num_features=200)
+    features = features_for(strategy, schema)
+    fitting = Fitting(num_hidden=16)
+    rng = np.random.default_rng(0)
+    maker = generator._Maker.of(schema, 4, features, fitting)
+    logits = np.tile(rng.normal(size=(1, generator.num_outputs(schema, 4))), (20_000, 1))
+    logits = logits.astype(np.float32)
+
+    expected = maker.make(logits[:1], rng).features[0]
+
+    codes = np.zeros((len(logits), 5), dtype=np.int32)
+    first = 0
+    for column in range(4):
+        last = first + schema.shape[column]
+        codes[:, column] = generator.drawn(logits[:, first:last], rng)
+        first = last
+    assert features.of(Records(codes)).mean(axis=0) == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.8])
+def test_the_gradient_is_that_of_finite_differences(smoothing):
+    features = features_for(DpMerf(num_features=12, label=""), MIXED)
+    fitting = Fitting(smoothing=smoothing)
+    maker = generator._Maker.of(MIXED, -1, features, fitting)
+    rng = np.random.default_rng(4)
+    width = generator.num_outputs(MIXED, -1)
+    outputs = rng.normal(0, 0.1, (2, width)).astype(np.float32)  # no pixel at its end
+    gap = rng.normal(size=(2, features.num_features)).astype(np.float32)
+
+    def pulled(values):
+        return float((maker.make(values, np.random.default_rng(9)).features * gap).sum(dtype=float))
+
+    slope = maker.slope(maker.make(outputs, np.random.default_rng(9)), gap)
+
+    step = 1e-2
+    for place in [(0, 5), (1, 30), (1, 63), (0, 64), (1, 70), (0, width - 1)]:
+        nudge = np.zeros_like(outputs)
+        nudge[place] = step
+        measured = (pulled(outputs + nudge) - pulled(outputs - nudge)) / (2 * step)
+        assert slope[place] == pytest.approx(measured, abs=2e-3 + 0.01 * abs(measured))
+
+
+def test_layers_pass_gradients_back_to_every_weight():
+    schema = SCHEMAS["table"]
+    fitting = Fitting(num_hidden=6, num_codes=3)
+    rng = np.random.default_rng(1)
+    weights = generator._first_weights(schema, 4, 2, fitting, rng)
+    inputs = generator.inputs_of(np.array([0, 1, 1]), 2, weights, rng)
+    pull = rng.normal(size=(3, generator.num_outputs(schema, 4))).astype(np.float32)
+
+    gradient = generator._backward(weights, generator.layers(weights, inputs), pull)
+
+    for number, place in [(0, (1, 2)), (1, (3, 3)), (2, (0, 4)), (3, (5,)), (4, (0,)), (5, (7,))]:
+        ends = []
+        for sign in (1, -1):
+            moved = [w.astype(np.float64) for w in weights]
+            moved[number][place] += sign * 1e-5
+            ends.append(float((generator.layers(moved, inputs)[-1] * pull).sum()))
+        measured = (ends[0] - ends[1]) / 2e-5
+        assert gradient[number][place] == pytest.approx(measured, rel=1e-3, abs=1e-5)
+
+
+def test_without_noise_a_table_is_learned_with_what_ties_its_columns():
+    schema = Schema((category("a", 3), category("b", 3), category("y", 2)), target="y")
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 3, 3000)
+    b = np.where(rng.random(3000) < 0.9, a, rng.integers(0, 3, 3000))  # tied within each label
+    y = (rng.random(3000) < np.where(a == 2, 0.9, 0.2)).astype(int)
+    codes = np.stack([a, b, y], axis=1).astype(np.int32)
+    shard = BoundedShard(Records(codes), np.arange(3000), 3000, 1)
+
+    made = non_private(DpMerf(), schema, shard, np.random.default_rng(1)).sample(
+        20_000, np.random.default_rng(2)
+    )
+
+    real = np.bincount(codes @ [6, 2, 1], minlength=18) / 3000
+    synthetic = np.bincount(made.codes @ [6, 2, 1], minlength=18) / 20_000
+    untied = np.einsum(
+        "a,b,y", *(np.bincount(codes[:, c], minlength=n) / 3000 for c, n in enumerate((3, 3, 2)))
+    )
+    assert 0.5 * np.abs(real - untied.ravel()).sum() > 0.4  # what knows no ties gets
+    assert 0.5 * np.abs(real - synthetic).sum() < 0.05
+
+
+def test_an_absent_label_is_not_made():
+    schema, strategy = SCHEMAS["images"], DpMerf(num_steps=5)
+    shard = made_up(schema, [1] * 60, seed=1)
+    shard.records.codes[:, 0] %= 2
+
+    made = non_private(strategy, schema, shard, np.random.default_rng(0))
+
+    assert np.bincount(made.sample(500, RNG).codes[:, 0], minlength=3)[2] <= 1
+
+
+@pytest.mark.parametrize("schema", [*SCHEMAS.values(), MIXED], ids=["table", "images", "mixed"])
+def test_a_void_round_ends_in_equal_chances(schema):
+    network = learned_from(DpMerf(), schema, NoisySum.void)
+
+    made = network.sample(9000, np.random.default_rng(1))
+
+    for column, cells in enumerate(schema.shape):
+        shares = np.bincount(made.codes[:, column], minlength=cells) / 9000
+        assert shares == pytest.approx(np.full(cells, 1 / cells), abs=0.03)
+    if made.images is not None:
+        assert made.images.mean() == pytest.approx(127.5, abs=2)
+
+
+def test_pure_noise_ends_in_records_of_the_schema():
+    made = prior(DpMerf(num_steps=20), MIXED, 3.0, np.random.default_rng(0)).sample(300, RNG)
+
+    assert ((made.codes >= 0) & (made.codes < np.array(MIXED.shape))).all()
+    assert made.images.shape == (300, 8, 8, 1)
+
+
+def test_a_restored_network_samples_the_same_records():
+    shard = made_up(MIXED, [1] * 30, seed=1)
+    network = direct_run(DpMerf(num_steps=5), MIXED, shard, 1.0, rng=np.random.default_rng(0))
+
+    again = Network.restore(MIXED, network.settings(), network.tensors())
+
+    one = network.sample(5000, np.random.default_rng(3))  # more than one batch
+    two = again.sample(5000, np.random.default_rng(3))
+    assert np.array_equal(one.codes, two.codes)
+    assert np.array_equal(one.images, two.images)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("matrix1", np.zeros((3, 3), dtype=np.float32)),
+        ("bias2", np.full(35, np.nan, dtype=np.float32)),
+        ("label_probs", np.array([0.9, 0.9])),
+    ],
+)
+def test_arrays_of_no_network_are_refused(name, value):
+    network = learned_from(DpMerf(), SCHEMAS["table"], NoisySum.void)
+
+    with pytest.raises(ConfigError, match="do not fit the schema"):
+        Network.restore(SCHEMAS["table"], network.settings(), {**network.tensors(), name: value})
+
+
+def test_the_event_is_one_gaussian_and_the_query_asks_it():
+    strategy, schema = DpMerf(), SCHEMAS["table"]
+
+    query = first_query(strategy, schema, 2.5)
+
+    assert leaves(strategy.event(schema, 2.5)) == {(2.5, 1.0): 1}
+    assert (query.noise_multiplier, query.sampling_prob, query.clip) == (2.5, 1.0, 1.0)
+
+
+def test_the_label_is_the_target_if_that_is_a_category():
+    numeric = Schema(SCHEMAS["table"].columns, target="age")
+
+    labels = [
+        int(first_query(strategy, schema).inputs["label"][0])
+        for strategy, schema in [
+            (DpMerf(), SCHEMAS["table"]),
+            (DpMerf(), numeric),
+            (DpMerf(label=""), SCHEMAS["table"]),
+            (DpMerf(label="size"), SCHEMAS["table"]),
+        ]
+    ]
+
+    assert labels == [4, -1, -1, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_features": 3}, "num_features must be even"),
+        ({"bandwidths": []}, "bandwidths"),
+        ({"bandwidths": [0.0]}, "bandwidths"),
+        ({"label_weight": 1.0}, "label_weight"),
+        ({"num_steps": 0}, "num_steps must be 1 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"pixel_noise": -0.1}, "pixel_noise"),
+        ({"num_feature": 10}, "did you mean 'num_features'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build_strategy("dp_merf", settings)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "schema", "message"),
+    [
+        (DpMerf(label="nothing"), SCHEMAS["table"], "label = 'nothing' is no column"),
+        (DpMerf(), Schema((category("y", 2),), target="y"), "nothing but the label"),
+        (DpMerf(label="wide"), Schema((category("wide", 300), category("a", 2))), "300 cells"),
+    ],
+)
+def test_a_schema_that_does_not_fit_is_refused_before_anything_is_asked(strategy, schema, message):
+    with pytest.raises(ConfigError, match=message):
+        strategy.event(schema, 1.0)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"num_cells": np.array([1 << 40, 2, 2, 2, 0])},
+        {"num_cells": np.array([-1, 2, 2, 2, 0])},
+        {"num_pixels": np.array([1 << 40])},
+        {"num_bins": np.array([9, 0, 0, 0, 0])},
+        {"num_bins": np.array([0])},
+    ],
+)
+def test_sizes_from_the_network_that_cannot_be_are_refused(inputs):
+    schema, strategy = SCHEMAS["table"], DpMerf()
+    query = first_query(strategy, schema)
+    query.inputs.update(inputs)
+
+    with pytest.raises(ConfigError, match="impossible"):
+        strategy.answer(query, made_up(schema, [1], seed=0), RNG)
+
+
+def test_it_runs_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    shard = made_up(SCHEMAS["images"], [1] * 5, seed=0)
+
+    network = non_private(DpMerf(num_steps=2), SCHEMAS["images"], shard, np.random.default_rng(0))
+
+    assert len(network.sample(3, RNG)) == 3
+
+
+def test_noise_alone_pulls_the_network_towards_knowing_nothing():
+    schema, strategy = SCHEMAS["table"], DpMerf(num_features=20)
+    features = features_for(strategy, schema)
+    rng = np.random.default_rng(0)
+    means = rng.normal(0, 0.3, (2, features.num_features))
+
+    sizes = []
+    for variance in (1e-8, 0.09):
+        target = Target(means, np.array([0.5, 0.5]), variance)
+        network = generator.fitted(
+            schema, 4, features, target, Fitting(num_steps=100), np.random.default_rng(1)
+        )
+        sizes.append(sum(float((w**2).sum()) for w in network.weights))
+
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+def test_digits_at_epsilon_one_teach_a_judge_to_read_digits():
+    from sklearn.datasets import load_digits
+    from sklearn.linear_model import LogisticRegression
+
+    schema = Schema(
+        (category("digit", 10),), ImageColumn("image", (8, 8, 1), PUBLIC), target="digit"
+    )
+    pixels, digit = load_digits(return_X_y=True)
+    images = np.rint(pixels * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)
+    order = np.random.default_rng(0).permutation(len(digit))
+    train, test = order[:1347], order[1347:]
+    shard = BoundedShard(
+        Records(digit[train, None].astype(np.int32), images[train]), np.arange(1347), 1347, 1
+    )
+    strategy = DpMerf()
+    started = time.process_time()
+
+    dial = calibrate(lambda noise: strategy.event(schema, noise), Budget(1.0, 1e-5))
+    made = direct_run(strategy, schema, shard, dial, rng=np.random.default_rng(0)).sample(
+        3000, np.random.default_rng(1)
+    )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a judge that stops early is still a judge
+        judge = LogisticRegression(max_iter=200, tol=1e-3)
+        judge.fit(made.images.reshape(3000, -1) / 255, made.codes[:, 0])
+    # 0.877 with a standard deviation of 0.019 over seeds and noise
+    assert judge.score(images[test].reshape(len(test), -1) / 255, digit[test]) >= 0.80
+    assert time.process_time() - started < 20
