@@ -124,8 +124,9 @@ class LocalGrid(Grid):
 
 def _copied(message: Message) -> Message:
     """A message whose records a client may change without the sender seeing it."""
-    records: dict[str, Any] = dict(message.content.items())
-    copy = RecordDict({name: type(record)(dict(record)) for name, record in records.items()})
+    copy = message.content.copy()
+    for name, record in message.content.items():
+        copy[name] = record.copy()
     make: Any = Message  # Flower's overloads leave out the form that it uses itself
     copied: Message = make(metadata=message.metadata, content=copy)
     return copied

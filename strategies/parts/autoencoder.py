@@ -19,7 +19,6 @@ from ...core.errors import ConfigError
 from ...core.records import BoundedShard, Records
 
 Form = Literal["mlp", "cnn"]
-_CHUNK = 16  # users answered in one vectorized step; always so many, so shapes never change
 _CONV = (16, 32)  # channels of the two convolutions
 
 
@@ -182,9 +181,10 @@ def updates(
 ) -> NDArray[np.float32]:
     """Each user's change of the weights, `(num_users, num_weights)`, float32.
 
-    A user's row depends on the user's own records alone: the noise of the code is drawn once, by
-    the position of a record among its user's, and is the same for every user; nothing in the
-    model looks across users, and every vectorized step has the same shape.
+    A user's row depends on the user's own records alone, to the last bit. The noise of the code is
+    drawn by the position of a record among its user's, and is the same for every user. Users are
+    taken one by one: a batched product rounds a user's rows by their place in the batch, which
+    other users decide, and for models of this size it is no faster.
 
     Args:
       net: The model.
@@ -192,73 +192,61 @@ def updates(
       shard: The users.
       training: What each does.
       seed: Of the code's noise; public.
+
+    Raises:
+      ConfigError: A record lies outside the schema that the request describes.
     """
+    torch = _torch()  # for nobody, too: a client that lacks it says so before it is asked for users
     rows = np.zeros((shard.num_users, net.num_weights), dtype=np.float32)
     if not shard.num_users:
         return rows
-    torch = _torch()
+    codes = shard.records.codes
+    if ((codes < 0) | (codes >= np.array(net.cells, dtype=np.int64))).any():
+        raise ConfigError("a record outside the schema")
     starts = shard.starts
-    counts = np.diff(starts)
+    most = int(np.diff(starts).max())
     with _one_thread(torch):
-        start = torch.from_numpy(np.ascontiguousarray(weights, dtype=np.float32))
-        for most in np.unique(_ceiling(counts)):
-            chosen = np.flatnonzero(_ceiling(counts) == most)
-            noise = _code_noise(torch, int(most), net.latent, training.steps, seed)
-            step = _users_a_step(net, training)
-            change = _changes(torch, net, training, many=step > 1)
-            for first in range(0, len(chosen), step):
-                users = chosen[first : first + step]
-                batch = _batch(torch, net, shard, starts, users, int(most), step)
-                rows[users] = change(start, *batch, noise)[: len(users)].numpy()
+        noise = _code_noise(torch, most, net.latent, training.steps, seed)
+        first = {
+            name: part.clone().requires_grad_()  # a copy is aligned in memory, a view need not be
+            for name, part in net.split(torch.from_numpy(np.array(weights, np.float32))).items()
+        }
+        for row, start, stop in zip(rows, starts[:-1], starts[1:], strict=True):
+            change = {name: torch.from_numpy(part) for name, part in net.split(row).items()}
+            seen = _seen(torch, net, shard.records, slice(int(start), int(stop)))
+            for step in range(training.steps):
+                now = first if step == 0 else _moved(first, change)
+                loss = _elbo(
+                    torch, net, now, *seen, noise[step, : stop - start], training.kl_weight
+                )
+                slopes = torch.autograd.grad(
+                    loss, list(now.values()), allow_unused=True, materialize_grads=True
+                )
+                for name, slope in zip(now, slopes, strict=True):
+                    change[name].sub_(slope, alpha=training.lr)
     return rows
 
 
-def _users_a_step(net: Net, training: LocalTraining) -> int:
-    """Users of one vectorized step.
-
-    Vectorizing is faster for dense layers and one gradient step. Convolutions are faster user by
-    user; and from the second step on, when users' weights differ, batched products round by a
-    user's place in the batch, so that one user would leave a trace in another's row.
-    """
-    return _CHUNK if net.form == "mlp" and training.steps == 1 else 1
+def _moved(weights: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights after a change, ready to be differentiated by."""
+    return {name: (part.detach() + change[name]).requires_grad_() for name, part in weights.items()}
 
 
-def _changes(torch: Any, net: Net, training: LocalTraining, *, many: bool) -> Any:
-    """A function from weights and a batch of users to their changes of the weights."""
-
-    def loss(weights: Any, pixels: Any, cells: Any, present: Any, noise: Any) -> Any:
-        return _elbo(torch, net, weights, pixels, cells, present, noise, training.kl_weight)
-
-    gradient = torch.func.grad(loss)
-
-    def change(weights: Any, pixels: Any, cells: Any, present: Any, noise: Any) -> Any:
-        now = weights
-        for number in range(training.steps):
-            now = now - training.lr * gradient(now, pixels, cells, present, noise[number])
-        return now - weights
-
-    if many:
-        return torch.func.vmap(change, in_dims=(None, 0, 0, 0, None))
-
-    def one(weights: Any, pixels: Any, cells: Any, present: Any, noise: Any) -> Any:
-        now = weights
-        for number in range(training.steps):
-            leaf = now.detach().requires_grad_()
-            value = loss(leaf, pixels[0], cells[0], present[0], noise[number])
-            (slope,) = torch.autograd.grad(value, leaf)
-            now = now - training.lr * slope
-        return (now - weights)[None]
-
-    return one
+def _seen(torch: Any, net: Net, records: Records, part: slice) -> tuple[Any, Any]:
+    """Pixels in [0, 1] and cells of one user's records."""
+    cells = torch.from_numpy(records.codes[part].astype(np.int64))
+    if records.images is None or not net.num_pixels:
+        return torch.zeros((len(cells), net.num_pixels)), cells
+    images = torch.from_numpy(np.array(records.images[part]))
+    return images.reshape(len(cells), -1).to(torch.float32).div_(255), cells
 
 
 def _elbo(
     torch: Any,
     net: Net,
-    weights: Any,
+    w: Mapping[str, Any],
     pixels: Any,
     cells: Any,
-    present: Any,
     noise: Any,
     kl_weight: float,
 ) -> Any:
@@ -268,7 +256,6 @@ def _elbo(
       Kingma and Welling (2014), "Auto-Encoding Variational Bayes", arXiv 1312.6114, equation 10.
     """
     fn = torch.nn.functional
-    w = net.split(weights)
     onehot = _onehot(torch, net, cells)
     if net.form == "mlp":
         seen = torch.cat([pixels, onehot], dim=1)
@@ -278,73 +265,37 @@ def _elbo(
         grid = torch.relu(fn.conv2d(grid, w["conv1.w"], w["conv1.b"], stride=2, padding=1))
         grid = torch.relu(fn.conv2d(grid, w["conv2.w"], w["conv2.b"], stride=2, padding=1))
         seen = torch.cat([grid.flatten(1), onehot], dim=1)
-    code = torch.relu(seen @ w["enter.w"] + w["enter.b"]) @ w["code.w"] + w["code.b"]
+    code = torch.relu(torch.addmm(w["enter.b"], seen, w["enter.w"]))
+    code = torch.addmm(w["code.b"], code, w["code.w"])
     mean, log_var = code[:, : net.latent], code[:, net.latent :].clamp(-8, 8)
     opened = mean + torch.exp(0.5 * log_var) * noise
-    opened = torch.relu(opened @ w["open.w"] + w["open.b"])
+    opened = torch.relu(torch.addmm(w["open.b"], opened, w["open.w"]))
     if net.form == "mlp":
-        out = opened @ w["leave.w"] + w["leave.b"]
+        out = torch.addmm(w["leave.b"], opened, w["leave.w"])
         drawn, logits = out[:, : net.num_pixels], out[:, net.num_pixels :]
     else:
-        logits = opened @ w["columns.w"] + w["columns.b"]
-        spread = torch.relu(opened @ w["spread.w"] + w["spread.b"])
+        logits = torch.addmm(w["columns.b"], opened, w["columns.w"])
+        spread = torch.relu(torch.addmm(w["spread.b"], opened, w["spread.w"]))
         height, width, channels = net.image or (0, 0, 0)
         grid = spread.reshape(-1, _CONV[1], height // 4, width // 4)
         grid = torch.relu(fn.conv_transpose2d(grid, w["up1.w"], w["up1.b"], stride=2, padding=1))
         grid = fn.conv_transpose2d(grid, w["up2.w"], w["up2.b"], stride=2, padding=1)
         drawn = grid.permute(0, 2, 3, 1).flatten(1)
-    lost = -0.5 * kl_weight * (1 + log_var - mean.square() - log_var.exp()).sum(dim=1)
+    lost = -0.5 * kl_weight * (1 + log_var - mean.square() - log_var.exp()).sum()
     if net.num_pixels:
-        lost = lost + fn.binary_cross_entropy_with_logits(drawn, pixels, reduction="none").sum(1)
+        lost = lost + fn.binary_cross_entropy_with_logits(drawn, pixels, reduction="sum")
     start = 0
-    for size in net.cells:
-        part = slice(start, start + size)
-        lost = lost - (torch.log_softmax(logits[:, part], dim=1) * onehot[:, part]).sum(dim=1)
+    for column, size in enumerate(net.cells):
+        part = logits[:, start : start + size]
+        lost = lost + fn.cross_entropy(part, cells[:, column], reduction="sum")
         start += size
-    return (lost * present).sum() / present.sum()
+    return lost / len(cells)
 
 
 def _onehot(torch: Any, net: Net, cells: Any) -> Any:
     """Cells of a user's records as zeros and ones, `(num_records, num_cells)`."""
-    if not net.cells:
-        return cells.new_zeros((cells.shape[0], 0), dtype=torch.float32)
-    parts = [cells[:, [column]] == torch.arange(size) for column, size in enumerate(net.cells)]
-    return torch.cat(parts, dim=1).to(torch.float32)
-
-
-def _batch(
-    torch: Any,
-    net: Net,
-    shard: BoundedShard,
-    starts: NDArray[np.int64],
-    users: NDArray[np.intp],
-    most: int,
-    size: int,
-) -> tuple[Any, Any, Any]:
-    """Pixels, cells and presence of some users' records, padded to `size` users of `most`."""
-    place = starts[users][:, None] + np.arange(most)
-    present = place < starts[users + 1][:, None]
-    rows = np.where(present, place, starts[users][:, None]).ravel()
-    codes = shard.records.codes[rows].astype(np.int64)
-    if ((codes < 0) | (codes >= np.array(net.cells, dtype=np.int64))).any():
-        raise ConfigError("a record outside the schema")
-    pixels = np.zeros((len(rows), net.num_pixels), dtype=np.float32)
-    if shard.records.images is not None and net.num_pixels:
-        pixels[:] = shard.records.images[rows].reshape(len(rows), -1)
-        pixels /= 255
-    extra = [(0, size - len(users))]
-    padded = present.astype(np.float32)
-    padded = np.pad(padded, [*extra, (0, 0)], constant_values=1.0)  # nobody's mean is not 0 / 0
-    return (
-        torch.from_numpy(np.pad(pixels.reshape(len(users), most, -1), [*extra, (0, 0), (0, 0)])),
-        torch.from_numpy(np.pad(codes.reshape(len(users), most, -1), [*extra, (0, 0), (0, 0)])),
-        torch.from_numpy(padded),
-    )
-
-
-def _ceiling(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers of records rounded up to 1, 2, 4, 8, ..., so that few shapes serve all users."""
-    return (2 ** np.ceil(np.log2(np.maximum(counts, 1)))).astype(np.int64)
+    firsts = torch.tensor([0, *np.cumsum(net.cells)[:-1].tolist()][: len(net.cells)])
+    return torch.zeros((len(cells), net.num_cells)).scatter_(1, cells + firsts, 1.0)
 
 
 def _code_noise(torch: Any, most: int, latent: int, steps: int, seed: int) -> Any:
