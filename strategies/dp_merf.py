@@ -14,7 +14,7 @@ from ..core.records import BoundedShard
 from ..core.schema import Schema
 from .parts.features import Features
 from .parts.generator import Fitting, Target, fitted, untrained
-from .parts.simplex import to_simplex
+from .parts.simplex import pooled_total, to_simplex
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
@@ -103,7 +103,7 @@ class DpMerf(Strategy):
         return single_event(noise_multiplier)
 
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
-        """Ask once, fit a network."""
+        """Ask once, fit a network; where the sum is but noise, one that knows nothing."""
         label = self._label(schema)
         cells, bins = _columns(schema, label)
         num_labels = schema.shape[label] if label >= 0 else 1
@@ -130,9 +130,9 @@ class DpMerf(Strategy):
             smoothing=self.smoothing,
             pixel_noise=self.pixel_noise,
         )
-        if noisy.is_void:
+        target = None if noisy.is_void else self._target(noisy, num_labels)
+        if target is None:
             return untrained(schema, label, fitting, rng)
-        target = self._target(noisy, num_labels)
         features = self._features(num_pixels, cells, bins)
         return fitted(schema, label, features, target, fitting, rng)
 
@@ -179,13 +179,13 @@ class DpMerf(Strategy):
         weights = np.add.reduceat(shares[order], starts)
         rows[:, means_end:][where] = weights * np.float32(self.label_weight)
 
-    def _target(self, noisy: NoisySum, num_labels: int) -> Target:
-        """Shares of the labels and their mean features, from the noisy sum."""
+    def _target(self, noisy: NoisySum, num_labels: int) -> Target | None:
+        """Shares of the labels and their mean features; `None` if the sum is but noise."""
         sums, masses = np.split(noisy.vector / _INSIDE, [-num_labels])
         masses = masses / self.label_weight
-        # fewer users than noise could make up are not to be divided by
-        least = noisy.stddev * num_labels**0.5 / self.label_weight
-        total = max(float(masses.sum()), least, 1e-9)
+        total = pooled_total([(masses, noisy.stddev / self.label_weight)])
+        if total == 0:
+            return None
         scale = (1 - self.label_weight**2) ** 0.5 * total
         return Target(
             means=sums.reshape(num_labels, -1) / scale,

@@ -17,6 +17,7 @@ from ...core.errors import ConfigError
 from ...core.records import Records
 from ...core.schema import Schema
 from ...core.synthesizer import Synthesizer
+from ..independent import rounded_cells
 from .features import Features
 
 _AT_ONCE = 4096  # records sampled at a time
@@ -31,7 +32,7 @@ Weights = list[NDArray[np.float32]]
 class Network(Synthesizer):
     """A network of two hidden layers: a label and Gaussian noise in, pixels and cells out.
 
-    The label is drawn from its own distribution. Pixels come with Gaussian noise and are cut to
+    Labels come in the shares of their own distribution. Pixels get Gaussian noise and are cut to
     their range; each column's cell is drawn from the probabilities that the network gives it.
 
     Attributes:
@@ -57,10 +58,11 @@ class Network(Synthesizer):
         images = None if image is None else np.zeros((num_records, *image.shape), dtype=np.uint8)
         num_labels = len(self.label_probs)
         num_pixels = 0 if image is None else image.num_pixels
+        every_label = rng.permutation(rounded_cells(self.label_probs, num_records, rng))
         for start in range(0, num_records, _AT_ONCE):
             part = slice(start, min(start + _AT_ONCE, num_records))
             size = part.stop - part.start
-            labels = rng.choice(num_labels, size, p=self.label_probs)
+            labels = every_label[part]
             outputs = layers(self.weights, inputs_of(labels, num_labels, self.weights, rng))[-1]
             if self.label >= 0:
                 codes[part, self.label] = labels

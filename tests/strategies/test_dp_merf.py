@@ -153,7 +153,7 @@ def test_bins_of_a_number_are_the_closer_the_nearer_they_lie():
     assert (np.diff(likeness[:6]) < 0).all()
     # a tenth of a number's range is 0.3 of the distance between two categories
     assert likeness[1] == pytest.approx(np.exp(-((0.3 / 0.5) ** 2) / 2), abs=0.03)
-    assert likeness[10] < 0.3
+    assert likeness[10] == pytest.approx(np.exp(-1 / (4 * 0.5**2)), abs=0.05)  # bin 0 hardly turns
 
 
 def test_mean_features_of_a_network_are_those_of_its_records():
@@ -265,11 +265,21 @@ def test_a_void_round_ends_in_equal_chances(schema):
         assert made.images.mean() == pytest.approx(127.5, abs=2)
 
 
-def test_pure_noise_ends_in_records_of_the_schema():
-    made = prior(DpMerf(num_steps=20), MIXED, 3.0, np.random.default_rng(0)).sample(300, RNG)
+def test_pure_noise_ends_in_equal_chances():
+    made = prior(DpMerf(num_steps=20), MIXED, 3.0, np.random.default_rng(0)).sample(9000, RNG)
 
-    assert ((made.codes >= 0) & (made.codes < np.array(MIXED.shape))).all()
-    assert made.images.shape == (300, 8, 8, 1)
+    for column, cells in enumerate(MIXED.shape):
+        shares = np.bincount(made.codes[:, column], minlength=cells) / 9000
+        assert shares == pytest.approx(np.full(cells, 1 / cells), abs=0.03)
+
+
+def test_labels_are_made_in_their_shares_give_or_take_one():
+    network = learned_from(DpMerf(), SCHEMAS["images"], NoisySum.void)
+
+    labels = network.sample(5000, np.random.default_rng(0)).codes[:, 0]
+
+    assert np.bincount(labels).tolist() == pytest.approx([5000 / 3] * 3, abs=1)
+    assert np.diff(labels).any()
 
 
 def test_a_restored_network_samples_the_same_records():
