@@ -105,7 +105,7 @@ def _owned_site(context: "Context", paths: dict[str, Path]) -> Site:
 
 
 def simulated_site(
-    config: RunConfig,
+    policy: Policy,
     schema: Schema,
     partition: int,
     of: int,
@@ -116,13 +116,13 @@ def simulated_site(
 ) -> Site:
     """The site of one simulated client: its owner is whoever runs the simulation.
 
-    Its policy allows what the run's own configuration says, up to the population's cap.
+    Its policy is `Policy.for_simulation` of the run's configuration: that, and nothing else.
     """
     name = f"client-{partition}-of-{of}"
     return Site(
         client=name,
         schema=schema,
-        policy=Policy.for_simulation(config),
+        policy=policy,
         odometer=Odometer(state, name, synced=False),
         load=load,
         sum_is_secure=secure,
@@ -147,7 +147,13 @@ def _ray_site(context: "Context") -> Site:
         )
 
     return simulated_site(
-        config, schema, partition, of, state / f"odometer-{partition}.db", load, secure=False
+        Policy.for_simulation(config),
+        schema,
+        partition,
+        of,
+        state / f"odometer-{partition}.db",
+        load,
+        secure=False,
     )
 
 

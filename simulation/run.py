@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..client.policy import Policy
 from ..client.shard import Shard, encode, read_shard
 from ..client.site import Site, simulated, simulated_site, simulation_state
 from ..core.config import RunConfig, parse_config
@@ -96,10 +97,12 @@ def run_local(
     state = simulation_state(config)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
 
+    policy = Policy.for_simulation(config)
+
     @cache
     def site(number: int) -> Site:
         return simulated_site(
-            config,
+            policy,
             plan.schema,
             number,
             num_clients,

@@ -254,7 +254,7 @@ def test_a_run_that_flwr_run_begins_asks_as_many_clients_as_flower_simulates(tmp
         number, of = context.node_config["partition-id"], context.node_config["num-partitions"]
         read = read_shard(tmp_path / "people.csv", plan.schema, unit, partition=(number, of))
         return simulated_site(
-            config,
+            Policy.for_simulation(config),
             plan.schema,
             number,
             of,
