@@ -42,7 +42,8 @@ class DpFedAvg(Strategy):
       model: `mlp`, or `cnn` for images.
       hidden: Units of the hidden layers.
       latent: Units of the code.
-      kl_weight: Weight of the code's divergence from the standard normal.
+      kl_weight: Weight of the code's divergence from the standard normal; on
+        scikit-learn's digits 100 rounds learn far more with 0.2 than with 1.
 
     Reference:
       McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", arXiv
@@ -61,9 +62,9 @@ class DpFedAvg(Strategy):
     server_lr: float = 0.02
     momentum: float = 0.9
     model: Literal["mlp", "cnn"] = "mlp"
-    hidden: int = 64
+    hidden: int = 128
     latent: int = 8
-    kl_weight: float = 1.0
+    kl_weight: float = 0.2
 
     def __post_init__(self) -> None:
         for key in ("num_users", "num_rounds", "local_steps", "hidden", "latent"):

@@ -296,8 +296,8 @@ def test_without_noise_the_loss_falls_over_the_rounds(optimizer, lr):
     schema = small_table()
     shard = made_up(schema, [1, 2, 3] * 20, seed=1)
     shard.records.codes[:, :2] = 1  # something to learn
-    settings = {"num_users": 60, "sampling_prob": 1.0, "num_rounds": 40}
-    strategy = DpFedAvg(server_optimizer=optimizer, server_lr=lr, **settings)
+    settings = {"num_users": 60, "sampling_prob": 1.0, "num_rounds": 40, "hidden": 64}
+    strategy = DpFedAvg(server_optimizer=optimizer, server_lr=lr, kl_weight=1.0, **settings)
     rounds = strategy.rounds(schema, 1.0, np.random.default_rng(0))
     query = next(rounds)
     net = Net("mlp", schema.shape, None, strategy.hidden, strategy.latent)
