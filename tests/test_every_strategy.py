@@ -19,7 +19,7 @@ from fedsynth.strategies.registry import build_strategy, strategy_names
 QUICK = {
     "private_evolution": {"num_rounds": 3, "num_candidates": 40},
     "dp_fedavg": {"num_rounds": 3, "num_users": 40, "sampling_prob": 0.5},
-    "dp_merf": {},
+    "dp_merf": {"num_steps": 20},
 }
 CASES = [(name, schema) for name in strategy_names() for schema in ("table", "images")]
 
