@@ -353,6 +353,7 @@ class _Store:
         self._db = _opened(path)
         self._file = _identity(path)
         self._lock = threading.RLock()
+        self._level = ""  # of syncing, as last said
         self._last: tuple[ReferenceType[Ask], str] | None = None
         finalize(self, _close, self._db, self.pid)
 
@@ -376,8 +377,11 @@ class _Store:
     def transaction(self, *, synced: bool) -> Iterator[sqlite3.Connection]:
         """Everything or nothing, and on disk when it ends, or else with the next that is synced."""
         with self._lock, _whole(self._path):
-            # said each time, so that no failure can leave a later reservation without its sync
-            self._db.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
+            level = "FULL" if synced else "NORMAL"
+            if self._level != level:
+                self._level = ""  # should the next line fail, it is said again before anything else
+                self._db.execute(f"PRAGMA synchronous = {level}")
+                self._level = level
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
