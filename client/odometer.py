@@ -12,6 +12,7 @@ import os
 import secrets
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -504,7 +505,7 @@ def _touch(path: Path) -> None:
 
 def _prepare(db: sqlite3.Connection, path: Path) -> None:
     """Make writes durable, and the tables unless they are there."""
-    db.execute("PRAGMA journal_mode = WAL")
+    _write_ahead(db)
     db.execute("PRAGMA secure_delete = FAST")  # overwrites what costs no further write
     db.execute("BEGIN IMMEDIATE")
     (found,) = db.execute("PRAGMA application_id").fetchone()
@@ -518,6 +519,20 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
     elif (found, version) != (_APPLICATION_ID, _VERSION):
         raise _damaged(path)
     db.execute("COMMIT")
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Turn to the write-ahead log; SQLite does not wait here for processes that do the same."""
+    until = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _close(db: sqlite3.Connection, pid: int) -> None:

@@ -204,8 +204,6 @@ def conduct(
       QuorumError: Too few clients; resumable.
       Interrupted: A person stopped it; resumable.
     """
-    from .release import write_release
-
     config = plan.config
     federation = Federation(
         grid=grid,
@@ -217,38 +215,47 @@ def conduct(
     )
     federation.check(config.noise.placement)
     folder = start(plan)
-    ledger = Ledger(config.path(config.ledger))
     progress = _Progress(plan, on_event, folder / "progress.jsonl")
+    try:
+        release = _driven(plan, federation, stream, progress)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            f"stopped after round {progress.done}. What was spent is on the ledger and"
+            f" nothing is lost. Resume: fedsynth run --resume {folder}"
+        ) from stop
+    _clear(folder)
+    return release
+
+
+def _driven(plan: Plan, federation: Federation, stream: KeyStream, progress: "_Progress") -> Path:
+    """Commit a run, learn, write its release, mark it finished; the release folder."""
+    from .release import write_release
+
+    config = plan.config
+    ledger = Ledger(config.path(config.ledger))
     with ledger.hold(plan.run):
-        try:
-            ledger.open_run(
-                plan.run,
-                config.population.name,
-                cap=config.population.cap,
-                event=plan.event,
-                facts=plan.facts,
-            )
-            synthesizer = learn(
-                plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng),
-                draft=_draft(plan),
-                max_clients=config.unit.max_clients,
-                ledger=ledger,
-                federation=federation,
-                stream=stream,
-                on_round=progress,
-            )
-        except KeyboardInterrupt as stop:
-            raise Interrupted(
-                f"stopped after round {progress.done}. What was spent is on the ledger and"
-                f" nothing is lost. Resume: fedsynth run --resume {folder}"
-            ) from stop
+        ledger.open_run(
+            plan.run,
+            config.population.name,
+            cap=config.population.cap,
+            event=plan.event,
+            facts=plan.facts,
+        )
+        synthesizer = learn(
+            plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng),
+            draft=_draft(plan),
+            max_clients=config.unit.max_clients,
+            ledger=ledger,
+            federation=federation,
+            stream=stream,
+            on_round=progress,
+        )
         at("before-export")
         release: Path = write_release(
             plan, synthesizer, ledger=ledger, noise_is_secret=stream.is_secret
         )
         at("after-export")
         ledger.finish(plan.run)
-    _clear(folder)
     return release
 
 

@@ -194,7 +194,7 @@ def test_a_run_is_resumed_with_its_own_plan_and_facts_only(ledger, event, facts)
 def test_another_cap_is_refused_with_both_and_how_to_change_it(ledger):
     opened(ledger)
 
-    with pytest.raises(ConfigError, match=r"epsilon 4.0 .*epsilon 5.0.*set_cap"):
+    with pytest.raises(ConfigError, match=r"epsilon 4.0 .*epsilon 5.0.*set-epsilon"):
         ledger.open_run("two", "people", cap=Budget(5.0, 1e-6), event=gaussian(9, 1), facts=FACTS)
 
 
