@@ -10,11 +10,11 @@ import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from ..core.config import RunConfig
+from ..core.config import RunConfig, Section
 from ..core.errors import ClientCode, ConfigError, PolicyRefusal
 from ..core.privacy import Budget, NoisePlacement, PrivacyUnit, Relation
 from ..core.wire import Ask
@@ -22,20 +22,7 @@ from ..core.wire import Ask
 _NEVER = 1 << 62  # what a key that was not given asks for
 
 
-class _Section(BaseModel):
-    """A table of the file; unknown keys are refused, `kebab-case` reads as `snake_case`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _snake_case(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {str(key).replace("-", "_"): value for key, value in data.items()}
-        return data
-
-
-class Allow(_Section):
+class Allow(Section):
     """What a request may name; each is compared letter by letter.
 
     Attributes:
@@ -51,7 +38,7 @@ class Allow(_Section):
     placements: tuple[NoisePlacement, ...] = ()
 
 
-class Policy(_Section):
+class Policy(Section):
     """The owner's terms. What a key asks for when it is not given, no request can meet.
 
     Attributes:

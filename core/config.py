@@ -14,7 +14,7 @@ from .errors import ConfigError
 from .privacy import Budget, NoisePlacement, PrivacyUnit, Relation
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """A table of the file; unknown keys are refused, `kebab-case` reads as `snake_case`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,7 +27,7 @@ class _Section(BaseModel):
         return data
 
 
-class PopulationSection(_Section):
+class PopulationSection(Section):
     """Whose records these are; the budget belongs to them, whatever run asks."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
@@ -42,14 +42,14 @@ class PopulationSection(_Section):
         return Budget(float(self.epsilon), self.delta, self.accept_weak)
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Where records and their public schema lie; `path` is read in simulations only."""
 
     path: Path | None = None
     schema_path: Path = Field(alias="schema")
 
 
-class UnitSection(_Section):
+class UnitSection(Section):
     """The privacy unit; see `PrivacyUnit`."""
 
     column: str | None = None
@@ -59,7 +59,7 @@ class UnitSection(_Section):
     max_clients: int = 1
 
 
-class BudgetSection(_Section):
+class BudgetSection(Section):
     """What this run may spend; `delta` is the population's unless given."""
 
     epsilon: float
@@ -79,7 +79,7 @@ class StrategySection(BaseModel):
         return {key.replace("-", "_"): value for key, value in (self.model_extra or {}).items()}
 
 
-class NoiseSection(_Section):
+class NoiseSection(Section):
     """Where noise is added, and how clients' sums become one."""
 
     placement: NoisePlacement = NoisePlacement.CENTRAL
@@ -87,7 +87,7 @@ class NoiseSection(_Section):
     aggregator_settings: dict[str, Any] = Field(default_factory=dict)
 
 
-class EngineSection(_Section):
+class EngineSection(Section):
     """What carries the messages."""
 
     kind: Literal["local", "ray", "loopback", "superlink"] = "local"
@@ -111,14 +111,14 @@ class EngineSection(_Section):
         return self
 
 
-class ReleaseSection(_Section):
+class ReleaseSection(Section):
     """Where the release goes and how many records it holds."""
 
     path: Path = Path("releases")
     num_records: int = Field(default=10_000, ge=1, le=100_000_000)
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run, as `run.toml` describes it.
 
     Attributes:
