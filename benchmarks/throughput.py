@@ -30,7 +30,7 @@ from fedsynth.core.query import Contribution, Query, Rounds, Strategy
 from fedsynth.core.randomness import OsKeyStream
 from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Column, Schema
-from fedsynth.server.conduct import plan_of
+from fedsynth.server.planned import plan_of
 from fedsynth.simulation.run import run_local
 from fedsynth.strategies.dp_fedavg import DpFedAvg
 from fedsynth.strategies.independent import Columns, Independent

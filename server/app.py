@@ -13,7 +13,8 @@ from flwr.serverapp import Grid, ServerApp
 from ..core.config import RunConfig, read_config, run_file
 from ..core.errors import FedsynthError
 from ..core.randomness import KeyStream, OsKeyStream
-from .conduct import Plan, conduct, plan_of, unfinished
+from .conduct import conduct
+from .planned import Plan, plan_of, unfinished
 
 OUTCOME = "outcome.json"
 _log = logging.getLogger(__name__)

@@ -52,7 +52,7 @@ from .transcript import ENTRIES, NOISY_SUMS, Transcript, tensors_in
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .conduct import Plan
+    from .planned import Plan
 
 CARD, PAGE = "card.json", "card.md"
 SETTINGS, TENSORS = "synthesizer/synthesizer.json", "synthesizer/tensors.safetensors"

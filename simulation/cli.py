@@ -234,7 +234,7 @@ def run(
 ) -> None:
     """Do a run: simulate it, or drive a SuperLink. Ctrl-C saves."""
     from ..core.config import read_config
-    from ..server.conduct import unfinished
+    from ..server.planned import unfinished
     from .finished import finished
     from .init import check_filled
     from .progress import shown

@@ -19,8 +19,8 @@ from ..core.failpoints import VARIABLE
 from ..core.randomness import OsKeyStream
 from ..core.records import Records
 from ..server.audit_trail import check_trail
-from ..server.conduct import Plan, plan_of, start, unfinished
 from ..server.ledger import Ledger
+from ..server.planned import Plan, plan_of, start, unfinished
 from ..server.release import verify
 from .check import made_up, small_table
 from .run import run_local

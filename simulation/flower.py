@@ -20,7 +20,8 @@ import tomli_w
 from ..core import errors
 from ..core.errors import ConfigError, FedsynthError, Interrupted
 from ..server.app import OUTCOME
-from ..server.conduct import UNFINISHED, Plan, RoundEvent, start
+from ..server.conduct import RoundEvent
+from ..server.planned import UNFINISHED, Plan, start
 from .processes import Processes, free_ports, last_words, search_path
 
 if TYPE_CHECKING:

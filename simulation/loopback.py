@@ -23,7 +23,7 @@ from ..client.policy import Policy
 from ..client.site import simulation_state
 from ..core.errors import ConfigError, FedsynthError
 from ..core.users import canonical_user_ids, partition_of
-from ..server.conduct import Plan, start
+from ..server.planned import Plan, start
 from .flower import (
     Listener,
     drive,

@@ -14,7 +14,7 @@ from ..core.config import RunConfig
 from ..core.errors import BudgetExceeded
 from ..core.privacy import NoisePlacement
 from ..core.query import NoisySum, Query
-from ..server.conduct import Plan, plan_of
+from ..server.planned import Plan, plan_of
 
 _DRY_RUN_S = 5.0  # a method's public half is driven this long at most; later rounds are assumed
 _BASE_BYTES = 250 << 20  # of a process that has imported what a run needs

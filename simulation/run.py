@@ -17,7 +17,8 @@ from ..core.privacy import Budget, NoisePlacement, PrivacyUnit
 from ..core.query import Strategy
 from ..core.randomness import KeyStream, OsKeyStream
 from ..core.schema import Schema
-from ..server.conduct import Plan, RoundEvent, conduct, plan_of, unfinished
+from ..server.conduct import RoundEvent, conduct
+from ..server.planned import Plan, plan_of, unfinished
 from ..strategies.registry import STRATEGIES
 from .partition import bounded_partitions
 

@@ -31,8 +31,9 @@ from fedsynth.core.wire import (
     canonical,
     reply_from_records,
 )
-from fedsynth.server.conduct import Plan, RoundEvent, plan_of
+from fedsynth.server.conduct import RoundEvent
 from fedsynth.server.ledger import Ledger
+from fedsynth.server.planned import Plan, plan_of
 from fedsynth.simulation.flower import run_ray
 from fedsynth.simulation.local import LocalGrid
 from fedsynth.simulation.loopback import deal, run_loopback

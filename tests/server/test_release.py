@@ -29,8 +29,8 @@ from fedsynth.core.seeds import rounds_rng, sample_rng
 from fedsynth.core.synthesizer import Synthesizer
 from fedsynth.core.wire import canonical
 from fedsynth.server.chain import Entry
-from fedsynth.server.conduct import Plan, plan_of
 from fedsynth.server.ledger import Ledger
+from fedsynth.server.planned import Plan, plan_of
 from fedsynth.server.release import Release, card_of, replay, save, verify, write_release
 from fedsynth.server.transcript import Transcript, rounds_of
 from fedsynth.strategies.independent import Independent

@@ -24,7 +24,8 @@ from fedsynth.core.config import parse_config, run_file
 from fedsynth.core.errors import BudgetExceeded, ConfigError, FedsynthError, QuorumError
 from fedsynth.core.randomness import OsKeyStream
 from fedsynth.server.app import conduct_named
-from fedsynth.server.conduct import RoundEvent, plan_of, start
+from fedsynth.server.conduct import RoundEvent
+from fedsynth.server.planned import plan_of, start
 from fedsynth.simulation import flower, loopback
 from fedsynth.simulation.local import LocalGrid
 from fedsynth.simulation.processes import last_words, plain

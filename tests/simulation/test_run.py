@@ -20,8 +20,8 @@ from fedsynth.core.errors import (
 from fedsynth.core.mechanism import Lattice
 from fedsynth.core.query import Query
 from fedsynth.core.randomness import OsKeyStream
-from fedsynth.server.conduct import plan_of, start, unfinished
 from fedsynth.server.ledger import Ledger
+from fedsynth.server.planned import plan_of, start, unfinished
 from fedsynth.simulation.run import run, run_local
 from flwr.app import ArrayRecord, Message
 

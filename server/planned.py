@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as it is fixed before anybody is asked, and as it is found again when it was stopped."""
+
+import json
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core import accounting
+from ..core.config import RunConfig, parse_config
+from ..core.errors import ConfigError
+from ..core.query import Strategy
+from ..core.schema import Schema
+from ..core.seeds import rounds_rng, sample_rng
+from ..strategies.registry import build_strategy, settings_of
+
+if TYPE_CHECKING:
+    from dp_accounting.dp_event import DpEvent
+
+UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as it is fixed before anybody is asked.
+
+    Attributes:
+      run: Its identity.
+      config: Its configuration.
+      schema: The population's public schema.
+      strategy: The method.
+      noise_multiplier: The method's noise dial, calibrated to the budget.
+      event: What the whole run costs.
+    """
+
+    run: str
+    config: RunConfig
+    schema: Schema
+    strategy: Strategy
+    noise_multiplier: float
+    event: "DpEvent"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the ledger commits beside the event; a resumed run must match it."""
+        config = self.config
+        return {
+            "strategy": config.strategy.name,
+            "settings": json.loads(settings_of(self.strategy)),
+            "schema": self.schema.digest,
+            "unit": asdict(config.privacy_unit),
+            "epsilon": config.run_budget.epsilon,
+            "delta": config.run_budget.delta,
+            "num_users": config.population.num_users,
+            "placement": config.noise.placement.value,
+            "aggregator": config.noise.aggregator,
+            "aggregator_settings": config.noise.aggregator_settings,
+            "noise_multiplier": self.noise_multiplier,
+            "quorum": config.engine.quorum,
+            "seed": config.seed,
+        }
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """Public randomness of the strategy's server half."""
+        return rounds_rng(self.config.seed)
+
+    @property
+    def sample_rng(self) -> np.random.Generator:
+        """Public randomness of the released sample."""
+        return sample_rng(self.config.seed)
+
+
+def plan_of(config: RunConfig, *, run: str | None = None) -> Plan:
+    """The plan of a run; reads the schema, never the data, and asks nobody.
+
+    Raises:
+      ConfigError: A setting, the strategy or the budget cannot be.
+    """
+    schema = Schema.read(config.path(config.data.schema_path))
+    strategy = build_strategy(config.strategy.name, config.strategy.settings)
+    budget = config.run_budget
+    noise = accounting.calibrate(lambda z: strategy.event(schema, z), budget)
+    event = strategy.event(schema, noise)
+    if config.unit.max_clients > 1 and any(prob < 1 for _, prob in accounting.leaves(event)):
+        raise ConfigError(
+            f"strategy {config.strategy.name!r} samples users by coins, but a user may lie at"
+            f" {config.unit.max_clients} clients, which flip a coin each; what that costs has no"
+            " price here. Use sampling_prob = 1, or unit.max_clients = 1"
+        )
+    accounting.price(event, budget.delta)  # the cross-check must hold before anything is asked
+    return Plan(run or new_run_id(config.strategy.name), config, schema, strategy, noise, event)
+
+
+def new_run_id(strategy: str) -> str:
+    """A name for a run that no other has: when, what, and eight random hex digits."""
+    plain = "".join(c if c.isalnum() else "-" for c in strategy.split(":")[-1].lower())[:24]
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{plain}-{secrets.token_hex(4)}"
+
+
+def start(plan: Plan) -> Path:
+    """Write down a run before it begins, so that it can be found again; its working folder."""
+    folder = plan.config.path(plan.config.release.path) / f"{plan.run}{UNFINISHED}"
+    folder.mkdir(parents=True, exist_ok=True)
+    described = folder / "run.json"
+    if not described.exists():
+        data = {
+            "run": plan.run,
+            "base": str(plan.config.base),
+            "config": plan.config.model_dump(mode="json", by_alias=True),
+        }
+        partial = described.with_suffix(".partial")
+        partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        partial.replace(described)
+    return folder
+
+
+def unfinished(path: Path) -> Plan:
+    """The plan of a run that was started and not finished.
+
+    Args:
+      path: Its release folder, its working folder, or the `run.json` in that.
+
+    Raises:
+      ConfigError: There is no such run, or it is finished.
+    """
+    candidates = [path, path / "run.json", Path(f"{path}{UNFINISHED}") / "run.json"]
+    found = next((p for p in candidates if p.is_file() and p.name == "run.json"), None)
+    if found is None:
+        if (path / "card.json").exists():
+            raise ConfigError(f"{path} is finished; there is nothing to resume")
+        raise ConfigError(f"{path} is not an unfinished run: it holds no run.json")
+    data = json.loads(found.read_text(encoding="utf-8"))
+    config = parse_config(data["config"], base=Path(data["base"]), where=str(found))
+    return plan_of(config, run=data["run"])
