@@ -15,6 +15,7 @@ import numpy as np
 from ..client.shard import Shard
 from ..core import accounting
 from ..core.config import RunConfig, parse_config
+from ..core.errors import FedsynthError
 from ..core.failpoints import VARIABLE
 from ..core.randomness import OsKeyStream
 from ..core.records import Records
@@ -116,6 +117,28 @@ def survive(
     finished = state == "finished" and release.is_dir() and all(c.ok for c in verify(release))
     where = failpoint or f"{kill_times_s[0]:.3f} s"
     return Survival(where, kills, finished, void_rounds, tuple(violations))
+
+
+def survive_at_random(
+    folder: Path, typical_s: float, rng: random.Random, *, placement: str = "central"
+) -> Survival:
+    """Kill a run at random instants; one that ended before its kill came is run anew.
+
+    Args:
+      folder: Where the runs go, each in a folder of its own.
+      typical_s: How long a run takes.
+      rng: Chooses the instants.
+      placement: Of the noise.
+
+    Raises:
+      FedsynthError: Ten runs in a row ended before they were killed.
+    """
+    for number in range(10):
+        times = random_kill_times(typical_s, rng)
+        survival = survive(small_run(folder / str(number), placement=placement), kill_times_s=times)
+        if survival.kills or not survival.ok:
+            return survival
+    raise FedsynthError(f"ten runs ended before they were killed, within {typical_s:.3g} s each")
 
 
 def random_kill_times(typical_s: float, rng: random.Random) -> tuple[float, ...]:
