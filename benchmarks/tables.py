@@ -23,6 +23,7 @@ from fedsynth.client.shard import Shard, encode, read_shard
 from fedsynth.core.privacy import PrivacyUnit, User
 from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Column, ImageColumn, Schema
+from fedsynth.core.users import partition_of
 
 _ROOT = Path(__file__).resolve().parent.parent
 _RECORD = PrivacyUnit()
@@ -247,6 +248,39 @@ def _diabetes130() -> Case:
     return Case("diabetes130", schema, _bounded(train, unit), test.records, 1e-6)
 
 
+def _online_retail() -> Case:
+    """Lines of invoices by customer, up to 20 of each; lines without a customer are nobody's."""
+    table = _table("online_retail_sample")
+    table = table.filter(pc.is_valid(table["CustomerID"]))
+    when = pc.strptime(table["InvoiceDate"], format="%Y-%m-%d %H:%M:%S", unit="s")
+    table = (
+        table.append_column("month", pc.month(when))
+        .append_column("weekday", pc.day_of_week(when))
+        .append_column("hour", pc.hour(when))
+    )
+    declared, clock = "policy: declared, a wholesaler of gifts", "public: the calendar"
+    abroad = "Germany France EIRE Netherlands Spain Switzerland Belgium Portugal Norway Australia"
+    schema = Schema(
+        (
+            Column("Quantity", "integer", declared, bounds=(-4, 55), num_bins=12),
+            Column("UnitPrice", "real", declared, bounds=(0, 20), num_bins=40),
+            Column(
+                "Country", "category", declared, ("United Kingdom", *abroad.split()), missing=True
+            ),
+            Column("month", "integer", clock, bounds=(1, 12), num_bins=12),
+            Column("weekday", "integer", clock, bounds=(0, 6), num_bins=7),
+            Column("hour", "integer", clock, bounds=(6, 20), num_bins=15),
+        ),
+        target="Quantity",
+    )
+    unit = User("CustomerID", max_records=20)
+    shard = encode(table, schema, unit)
+    held_out = partition_of(shard.user_ids, 5) == 0  # a fifth of the customers
+    train = Shard(_part(shard.records, ~held_out), shard.user_ids[~held_out])
+    test = _part(shard.records, held_out)
+    return Case("online_retail", schema, _bounded(train, unit), test, 1e-5)
+
+
 def _digits() -> Case:
     """Scikit-learn's digits, 8 x 8 pixels of 17 levels; one user an image."""
     from sklearn.datasets import load_digits
@@ -269,6 +303,7 @@ _LOADERS: Mapping[str, Callable[[], Case]] = {
     "smoking": _smoking,
     "nltcs": _nltcs,
     "diabetes130": _diabetes130,
+    "online_retail": _online_retail,
     "digits": _digits,
 }
 NAMES = tuple(_LOADERS)
