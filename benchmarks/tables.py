@@ -253,8 +253,11 @@ def _online_retail() -> Case:
     table = _table("online_retail_sample")
     table = table.filter(pc.is_valid(table["CustomerID"]))
     when = pc.strptime(table["InvoiceDate"], format="%Y-%m-%d %H:%M:%S", unit="s")
+    lots = ("returned", "1", "2 to 5", "6 to 11", "12 to 23", "24 or more")
+    lot = np.array(lots)[np.digitize(table["Quantity"].to_numpy(), (1, 2, 6, 12, 24))]
     table = (
-        table.append_column("month", pc.month(when))
+        table.append_column("lot", pa.array(lot))
+        .append_column("month", pc.month(when))
         .append_column("weekday", pc.day_of_week(when))
         .append_column("hour", pc.hour(when))
     )
@@ -262,7 +265,7 @@ def _online_retail() -> Case:
     abroad = "Germany France EIRE Netherlands Spain Switzerland Belgium Portugal Norway Australia"
     schema = Schema(
         (
-            Column("Quantity", "integer", declared, bounds=(-4, 55), num_bins=12),
+            Column("lot", "category", declared, lots),
             Column("UnitPrice", "real", declared, bounds=(0, 20), num_bins=40),
             Column(
                 "Country", "category", declared, ("United Kingdom", *abroad.split()), missing=True
@@ -271,7 +274,7 @@ def _online_retail() -> Case:
             Column("weekday", "integer", clock, bounds=(0, 6), num_bins=7),
             Column("hour", "integer", clock, bounds=(6, 20), num_bins=15),
         ),
-        target="Quantity",
+        target="lot",
     )
     unit = User("CustomerID", max_records=20)
     shard = encode(table, schema, unit)
