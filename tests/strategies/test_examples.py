@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fedsynth.core import accounting
+from fedsynth.core.decode import decode
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.mechanism import Lattice
 from fedsynth.core.privacy import Budget, NoisePlacement
@@ -16,6 +17,7 @@ from fedsynth.core.schema import Column, Schema
 from fedsynth.server.federation import Federation
 from fedsynth.simulation.check_aggregator import check_aggregator
 from fedsynth.simulation.direct import direct_run, prior
+from fedsynth.strategies import registry
 from fedsynth.strategies.independent import Independent
 from fedsynth.strategies.registry import build_aggregator, build_strategy
 
@@ -140,3 +142,57 @@ def test_an_example_s_entry_points_name_what_is_there(monkeypatch, folder, group
             module, _, attribute = target.partition(":")
             found = getattr(__import__(module), attribute)
             assert name in (getattr(found, "name", None), getattr(found, "kind", None))
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """The examples as pip lays them down: modules and the entry points of their projects."""
+    for folder in ("own_strategy", "own_aggregator"):
+        project = tomllib.loads((EXAMPLES / folder / "pyproject.toml").read_text(encoding="utf-8"))
+        name = project["project"]["name"].replace("-", "_")
+        info = tmp_path / f"{name}-0.1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1.0\n")
+        lines = []
+        for group, points in project["project"]["entry-points"].items():
+            lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items())]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        for module in (EXAMPLES / folder).glob("*.py"):
+            (tmp_path / module.name).write_text(module.read_text(encoding="utf-8"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry._plugins.cache_clear()
+    yield
+    registry._plugins.cache_clear()
+
+
+def test_installed_plug_ins_are_found_by_their_entry_points(installed):
+    strategy = build_strategy("naive_bayes", {})
+    aggregator = build_aggregator("bounded_clients", {"max_users": 10})
+    synthesizer = registry.synthesizer_class("classes")
+
+    assert "naive_bayes" in registry.strategy_names()
+    assert (strategy.name, aggregator.name) == ("naive_bayes", "bounded_clients")
+    assert synthesizer.kind == "classes"
+
+
+def test_an_installed_strategys_release_is_opened_again(installed, tmp_path, monkeypatch):
+    import pyarrow as pa
+
+    import fedsynth as fs
+
+    monkeypatch.chdir(tmp_path)
+    made = decode(SCHEMA, records(300), np.random.default_rng(0))
+    table = made.append_column("who", pa.array([f"u{i}" for i in range(300)]))
+
+    release = fs.simulate(
+        "naive_bayes",
+        table,
+        schema=SCHEMA,
+        budget=Budget(epsilon=1, delta=1e-5),
+        unit=fs.User("who"),
+        num_users=300,
+        num_records=50,
+    )
+
+    assert fs.Release.open(release.folder).sample(10, seed=1).num_rows == 10
+    assert release.verify(replay=True).ok
