@@ -28,16 +28,16 @@ from .policy import unit_of
 from .site import Site
 
 _log = logging.getLogger(__name__)
-_BLOCK_BYTES = 1 << 26  # dense rows held at a time
+BLOCK_BYTES = 1 << 26  # dense rows held at a time
 _BLOCK_CELLS = 1 << 20  # cells counted at a time
 
 
 def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
     """This client's answer to a query, or the code of its refusal.
 
-    The order is the promise: what the owner allows, then the plan and the budget, then a durable
-    reservation, and only then the records; the answer is stored durably before it is returned,
-    and asked again it is the same bytes.
+    The order is the promise: what the owner allows; whether the shard can answer at all; the plan
+    and the budget; a durable reservation; and only then anything is computed from the records.
+    The answer is stored durably before it is returned, and asked again it is the same bytes.
 
     Privacy:
       Adding or removing all records of one user moves the sum by at most the query's clip in L2
@@ -126,7 +126,7 @@ def _users_a_block(strategy: Strategy, query: Query, shard: BoundedShard) -> int
     if not isinstance(answer, Contribution):
         raise TypeError("its answer is not a Contribution")
     if answer.indices is None:
-        return max(1, _BLOCK_BYTES // (8 * query.dim))
+        return max(1, BLOCK_BYTES // (8 * query.dim))
     width = answer.indices.shape[1] if answer.indices.ndim == 2 else 1
     return max(1, _BLOCK_CELLS // max(1, width * shard.max_records))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import accounting
-from ..core.config import RunConfig, parse_config
+from ..core.config import RunConfig, read_started
 from ..core.errors import ConfigError
 from ..core.query import Strategy
 from ..core.schema import Schema
@@ -134,6 +134,5 @@ def unfinished(path: Path) -> Plan:
         if (path / "card.json").exists():
             raise ConfigError(f"{path} is finished; there is nothing to resume")
         raise ConfigError(f"{path} is not an unfinished run: it holds no run.json")
-    data = json.loads(found.read_text(encoding="utf-8"))
-    config = parse_config(data["config"], base=Path(data["base"]), where=str(found))
-    return plan_of(config, run=data["run"])
+    run, config = read_started(found)
+    return plan_of(config, run=run)

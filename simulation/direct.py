@@ -131,7 +131,8 @@ def _summed(
     size = _MOST_USERS if query.cells else max(1, min(_MOST_USERS, _BLOCK // query.dim))
     total = np.zeros(query.dim, dtype=np.int64)
     for block in shard.blocks(size):
-        total += mechanism.clipped_sum(strategy.answer(query, block, rng), query)
+        answer = strategy.answer(query, block, rng)
+        total += mechanism.clipped_sum(answer, query, num_users=block.num_users)
     return total
 
 

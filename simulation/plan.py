@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from ..client.respond import BLOCK_BYTES
 from ..core import accounting
 from ..core.config import RunConfig
 from ..core.errors import BudgetExceeded
@@ -18,7 +19,6 @@ from ..server.planned import Plan, plan_of
 
 _DRY_RUN_S = 5.0  # a method's public half is driven this long at most; later rounds are assumed
 _BASE_BYTES = 250 << 20  # of a process that has imported what a run needs
-_BLOCK_BYTES = 1 << 26  # dense rows a client holds at a time
 _CHECKPOINTS = 10
 
 TRUST = {
@@ -353,7 +353,7 @@ def _memory(plan: Plan, queries: list[Query], share: int) -> int:
     records = config.population.num_users * config.unit.max_records // share
     width = 4 * len(schema.columns) + (schema.image.num_pixels if schema.image else 0)
     sums = 4 * 8 * max(query.dim for query in queries)
-    dense = 2 * _BLOCK_BYTES if any(not query.cells for query in queries) else 0
+    dense = 2 * BLOCK_BYTES if any(not query.cells for query in queries) else 0
     return _BASE_BYTES + 3 * records * width + sums + dense
 
 

@@ -15,6 +15,7 @@ from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
 from .parts.histograms import norm_clip
+from .parts.rounding import rounded_cells
 from .parts.simplex import pooled_total, to_simplex
 
 if TYPE_CHECKING:
@@ -138,14 +139,3 @@ def split_probs(schema: Schema, flat: NDArray[Any]) -> tuple[NDArray[np.float64]
     if not all(abs(part.sum() - 1) < 1e-6 for part in parts):
         raise ConfigError("a saved synthesizer with probabilities that do not add up to one")
     return parts
-
-
-def rounded_cells(
-    probs: NDArray[np.float64], num_records: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Cells in rising order, each as often as expected, rounded up or down without bias."""
-    ends = np.cumsum(probs)
-    ends *= num_records / ends[-1]
-    ends[-1] = num_records
-    counts = np.diff(np.floor(ends + rng.random()), prepend=0.0)
-    return np.repeat(np.arange(len(probs)), counts.astype(np.int64))

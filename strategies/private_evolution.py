@@ -15,9 +15,9 @@ from ..core.query import Contribution, NoisySum, Query, Rounds, Strategy
 from ..core.records import BoundedShard, Records
 from ..core.schema import MAX_CELLS, Schema
 from ..core.synthesizer import Synthesizer
-from .independent import rounded_cells
 from .parts.histograms import Grid, Histograms, cells_of, norm_clip
 from .parts.nearest import Finder, TableMetric
+from .parts.rounding import rounded_cells
 from .parts.simplex import pooled_total, to_simplex
 from .parts.sketch import NUM_POINTS, Sketches
 from .parts.variation import (

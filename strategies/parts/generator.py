@@ -17,8 +17,8 @@ from ...core.errors import ConfigError
 from ...core.records import Records
 from ...core.schema import Schema
 from ...core.synthesizer import Synthesizer
-from ..independent import rounded_cells
 from .features import Features
+from .rounding import rounded_cells
 
 _AT_ONCE = 4096  # records sampled at a time
 _MOST_PULL = 0.02  # above it, a network says the same of every label

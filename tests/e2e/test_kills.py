@@ -12,7 +12,7 @@ from fedsynth.simulation.faults import (
     typical_seconds,
 )
 
-# the run must have passed the point, for at some of them a kill makes spending rise or fall
+# where a client can be killed with its own noise drawn, or about to be
 CLIENT_POINTS = [name for name in NAMES if "client" in name or "clip" in name]
 
 

@@ -13,7 +13,8 @@ from fedsynth.core.query import NoisySum
 from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Column, ImageColumn, Schema
 from fedsynth.simulation.direct import direct_run, non_private, prior
-from fedsynth.strategies.independent import Columns, Independent, rounded_cells
+from fedsynth.strategies.independent import Columns, Independent
+from fedsynth.strategies.parts.rounding import rounded_cells
 from fedsynth.strategies.parts.simplex import pooled_total, to_simplex
 from scipy.optimize import minimize
 from scipy.stats import chisquare
