@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Histograms of columns and of pairs of columns as one query: what is asked, and its answer.
+"""Histograms of columns, pairs and larger sets as one query: what is asked, and its answer.
 
 A record lights one cell of each histogram. All that a client needs travels in `Query.inputs`:
-groups of codes (`grids`), and which one or two grids make each histogram.
+groups of codes (`grids`), and which grids make each histogram.
 """
 
 import math
@@ -54,8 +54,8 @@ class Measured:
     """A noisy histogram of all records, in counts.
 
     Attributes:
-      grids: One grid, or two.
-      counts: `(size,)` or `(size of the first, size of the second)`.
+      grids: One grid a column.
+      counts: One axis a grid, in their order.
       stddev: Standard deviation of the noise in each count; finite.
     """
 
@@ -69,7 +69,7 @@ class Histograms:
     """Histograms that are measured together.
 
     Attributes:
-      members: The one or two grids of each.
+      members: The grids of each, one a column.
       heights: How high a record's cell stands in each, `(num_histograms,)`: the higher, the
         less noise, at the others' expense. Their squares add up to at most their number.
     """
@@ -105,7 +105,8 @@ class Histograms:
         """
         grids = list({id(g): g for member in self.members for g in member}.values())
         place = {id(g): i for i, g in enumerate(grids)}
-        pairs = [[place[id(m[0])], place[id(m[1])] if len(m) > 1 else -1] for m in self.members]
+        ways = max(map(len, self.members))
+        members = [[place[id(g)] for g in m] + [-1] * (ways - len(m)) for m in self.members]
         return Query(
             name,
             dim=sum(self.sizes),
@@ -116,7 +117,7 @@ class Histograms:
                 "grid_starts": np.cumsum([0] + [len(g.groups) for g in grids]).astype(np.int64),
                 "grid_sizes": np.array([g.size for g in grids], dtype=np.int32),
                 "grid_groups": np.concatenate([g.groups for g in grids]).astype(np.int32),
-                "members": np.array(pairs, dtype=np.int32),
+                "members": np.array(members, dtype=np.int32),
                 "heights": self.heights,
             },
             cells=True,
@@ -158,18 +159,18 @@ def cells_of(query: Query, shard: BoundedShard) -> Contribution:
     for i, column in enumerate(columns.tolist()):
         cells = groups[starts[i] : starts[i + 1]]
         grouped[:, i] = np.take(cells, codes[:, column], mode="clip")
-    left, right = members[:, 0], members[:, 1]
-    alone = right < 0
-    widths = np.where(alone, 1, sizes[right])
-    firsts = np.cumsum(sizes[left] * widths) - sizes[left] * widths
-    indices = grouped[:, left]
-    indices *= widths
-    indices += firsts
-    paired = np.flatnonzero(~alone)
-    if len(paired) == len(members):
-        indices += grouped[:, right]
-    elif len(paired):
-        indices[:, paired] += grouped[:, right[paired]]
+    widths = np.where(members >= 0, sizes[members], 1)
+    ends = np.cumsum(widths.prod(axis=1))
+    indices = grouped[:, members[:, 0]]
+    for axis in range(1, members.shape[1]):
+        used = np.flatnonzero(members[:, axis] >= 0)
+        if len(used) == len(members):
+            indices *= widths[:, axis]
+            indices += grouped[:, members[:, axis]]
+        else:
+            indices[:, used] *= widths[used, axis]
+            indices[:, used] += grouped[:, members[used, axis]]
+    indices += np.concatenate([[0], ends[:-1]])
     return Contribution.cells(indices, shard.user_index, num_users=shard.num_users, weights=heights)
 
 
@@ -184,7 +185,7 @@ def _checked(query: Query, num_columns: int) -> tuple[NDArray[Any], ...]:
         all(a.dtype.kind == "i" for a in whole)
         and columns.ndim == starts.ndim == sizes.ndim == groups.ndim == heights.ndim == 1
         and members.ndim == 2
-        and members.shape[1] == 2
+        and members.shape[1] > 0
         and query.dim >= len(members) == len(heights) > 0
         and len(columns) == len(sizes) == len(starts) - 1
         and starts[0] == 0
@@ -192,7 +193,14 @@ def _checked(query: Query, num_columns: int) -> tuple[NDArray[Any], ...]:
         and (np.diff(starts) > 0).all()
         and ((columns >= 0) & (columns < num_columns)).all()
         and ((sizes > 0) & (sizes <= query.dim)).all()
-        and ((members >= [0, -1]) & (members < len(columns))).all()
+        and ((members >= -1) & (members < len(columns))).all()
+        and (members[:, 0] >= 0).all()
+        and _cells_in(members, sizes) <= query.dim
     ):
         raise ConfigError(f"query {query.name!r} comes with arrays that contradict each other")
     return columns, starts, sizes.astype(np.int64), groups.astype(np.int64), members, heights
+
+
+def _cells_in(members: NDArray[Any], sizes: NDArray[Any]) -> float:
+    """Cells of all histograms together; in floating point, so that nothing overflows."""
+    return float(np.where(members >= 0, sizes[members], 1).prod(axis=1, dtype=np.float64).sum())
