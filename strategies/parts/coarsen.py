@@ -29,15 +29,20 @@ def coarsen(shares: NDArray[np.float64], max_groups: int) -> NDArray[np.int64]:
     low, high = 1e-9, 2.0
     for _ in range(_STEPS):
         middle = (low * high) ** 0.5
-        if _runs(shares, middle)[-1] < max_groups:
+        if runs(shares, middle)[-1] < max_groups:
             high = middle
         else:
             low = middle
-    return _runs(shares, high)
+    return runs(shares, high)
 
 
-def _runs(shares: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
-    """Groups of cells in which none but a cell alone weighs much more than `threshold`."""
+def runs(shares: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
+    """Groups of neighboring cells in which none but a cell alone weighs much more than `threshold`.
+
+    Args:
+      shares: Weight of each cell, `(num_cells,)`; >= 0.
+      threshold: A cell this heavy stays alone; lighter neighbors make runs of about this weight.
+    """
     heavy = shares >= threshold
     light = np.where(heavy, 0.0, shares)
     run = np.floor((np.cumsum(light) - light / 2) / threshold)
