@@ -143,6 +143,7 @@ def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
     """`clipped_sum` of counted cells; never forms a dense row."""
     total = np.zeros(query.dim, dtype=np.int64)
     cells, users, weights = contribution.indices, contribution.user_index, contribution.weights
+    scales = contribution.scales
     if (
         cells is None
         or users is None
@@ -152,6 +153,7 @@ def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
         or users.dtype.kind not in "iu"  # a NaN would compare as being in order
         or weights.shape != (cells.shape[1],)
         or not np.isfinite(weights).all()
+        or (scales is not None and not _fits(scales, cells))
         or (len(users) and not (users[0] >= 0 and users[-1] < contribution.num_users))
         or (users[1:] < users[:-1]).any()  # not a difference: that of unsigned numbers is never < 0
     ):
@@ -168,9 +170,15 @@ def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
         last = int(starts[after]) if starts[after] > first else _next(starts, after, len(users))
         if first + step >= len(users):
             last = len(users)
-        _add_cells(total, cells[first:last], users[first:last], heights, lattice)
+        part = None if scales is None else scales[first:last]
+        _add_cells(total, cells[first:last], users[first:last], heights, part, lattice)
         first = last
     return total
+
+
+def _fits(scales: NDArray[Any], cells: NDArray[np.int64]) -> bool:
+    """Whether scales are real numbers, one a record or one a cell."""
+    return scales.dtype.kind in "fiu" and scales.shape in (cells.shape[:1], cells.shape)
 
 
 def _next(starts: NDArray[np.intp], after: int, num_records: int) -> int:
@@ -183,21 +191,29 @@ def _add_cells(
     cells: NDArray[np.int64],
     users: NDArray[np.int64],
     heights: NDArray[np.float64],
+    scales: NDArray[np.float64] | None,
     lattice: Lattice,
 ) -> None:
     """Add a slice of whole users to `total`."""
     dim = len(total)
+    if scales is not None and scales.ndim == 1:
+        scales = scales[:, None]
     valid = ((cells >= 0) & (cells < dim)).all(axis=1)
+    if scales is not None:
+        valid &= np.isfinite(scales).all(axis=1)
     if not valid.all():
         bad = np.unique(users[~valid])
         keep = ~np.isin(users, bad)
         cells, users = cells[keep], users[keep]
+        scales = None if scales is None else scales[keep]
     if not len(users):
         return
     alone = np.diff(users, prepend=-1) > 0
     alone[:-1] &= np.diff(users) > 0
     # a user with one record whose cells all differ: every height once, so one norm for them all
     simple = alone & (np.diff(cells, axis=1) > 0).all(axis=1)
+    if scales is not None:
+        simple &= (scales == 1.0).all(axis=1)
     whole = np.rint(heights)
     if not float(whole @ whole) <= lattice.bound**2:
         simple[:] = False
@@ -209,10 +225,13 @@ def _add_cells(
     cells, users = cells[~simple], users[~simple]
     if not len(users):
         return
+    lit = np.broadcast_to(heights, cells.shape)
+    if scales is not None:
+        with np.errstate(over="ignore"):
+            lit = np.clip(heights * scales[~simple], -(2.0**40), 2.0**40)
     _, local = np.unique(users, return_inverse=True)
     keys, inverse = np.unique(local[:, None] * dim + cells, return_inverse=True)
-    lit = np.broadcast_to(heights, cells.shape).ravel()
-    values = np.bincount(inverse.ravel(), weights=lit, minlength=len(keys)).astype(np.float64)
+    values = np.bincount(inverse.ravel(), weights=lit.ravel(), minlength=len(keys))
     owner, cell = keys // dim, keys % dim
     steps = _clipped_values(values, owner, lattice)
     np.add.at(total, cell, steps.astype(np.int64))

@@ -4,7 +4,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -106,6 +106,7 @@ class Contribution:
     indices: NDArray[np.int64] | None = None  # (num_records, cells_per_record)
     user_index: NDArray[np.int64] | None = None  # (num_records,), non-decreasing
     weights: NDArray[np.float64] | None = None  # (cells_per_record,)
+    scales: NDArray[np.float64] | None = None  # (num_records,) or (num_records, cells_per_record)
 
     @staticmethod
     def rows(rows: NDArray[Any]) -> "Contribution":
@@ -119,8 +120,12 @@ class Contribution:
         *,
         num_users: int,
         weights: NDArray[np.float64] | None = None,
+        scales: NDArray[np.float64] | None = None,
     ) -> "Contribution":
         """One count vector a user, given by the cells that each of the user's records lights.
+
+        A record adds to its cell in each histogram the histogram's height times the record's own
+        scale. A user of whom a scale is not finite counts as zeros.
 
         Args:
           indices: Cell of each record in each measured histogram, `(num_records, num_cells)`,
@@ -128,6 +133,8 @@ class Contribution:
           user_index: User of each record, `(num_records,)`, non-decreasing in `[0, num_users)`.
           num_users: Users in the block.
           weights: Height of a cell in each histogram, `(num_cells,)`; `None`: all one.
+          scales: What each record's heights are multiplied by, `(num_records,)`, or each of its
+            cells', `(num_records, num_cells)`; `None`: all one.
         """
         height = np.ones(indices.shape[1]) if weights is None else weights
         return Contribution(
@@ -135,7 +142,24 @@ class Contribution:
             indices=np.asarray(indices, dtype=np.int64),
             user_index=user_index,
             weights=height,
+            scales=None if scales is None else np.asarray(scales, dtype=np.float64),
         )
+
+    def user_means(self) -> "Contribution":
+        """The same counted cells, each user's the mean over the user's records and not their sum.
+
+        A mean of vectors is no longer than the longest of them, so a user of any number of records
+        moves a sum by at most what one record can.
+
+        Raises:
+          ConfigError: These are dense rows, which know of no records.
+        """
+        if self.indices is None or self.user_index is None:
+            raise ConfigError("only counted cells can be averaged over a user's records")
+        counts = np.bincount(self.user_index, minlength=self.num_users)
+        share = 1.0 / counts[self.user_index]
+        scales = share if self.scales is None else (self.scales.T * share).T
+        return replace(self, scales=scales)
 
 
 Rounds = Generator[Query, NoisySum, Synthesizer]

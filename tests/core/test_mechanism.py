@@ -202,6 +202,135 @@ def test_users_of_many_records_are_counted_across_slices():
     assert np.abs(total * Lattice.of(q).unit - counts).max() <= 40 * Lattice.of(q).unit
 
 
+def some_scales(data, cells):
+    shape = data.draw(st.sampled_from([cells.shape[:1], cells.shape]))
+    return data.draw(hnp.arrays(np.float64, shape, elements=st.floats(-3, 3)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_scaled_cells_equal_dense_rows(data):
+    num_users = data.draw(st.integers(1, 8))
+    users = np.repeat(np.arange(num_users), data.draw(st.integers(1, 4)))
+    cells = data.draw(hnp.arrays(np.int64, (len(users), 3), elements=st.integers(0, 8)))
+    scales, weights = some_scales(data, cells), np.array([1.0, 0.5, 2.0])
+    q = query(9, data.draw(st.sampled_from([0.7, 2.3, 100.0])), cells=True)
+    dense = np.zeros((num_users, 9))
+    np.add.at(dense, (users[:, None], cells), (scales.T * np.ones(cells.shape).T).T * weights)
+
+    counted = clipped_sum(
+        Contribution.cells(cells, users, num_users=num_users, weights=weights, scales=scales), q
+    )
+
+    assert np.abs(counted - clipped_sum(Contribution.rows(dense), q)).max() <= 2 * num_users
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    hnp.arrays(np.int64, (12, 2), elements=st.integers(0, 5)),
+    hnp.arrays(
+        np.float64,
+        st.sampled_from([(12,), (12, 2)]),
+        elements=st.one_of(st.sampled_from(NASTY), st.floats(-2, 2)),
+    ),
+    hnp.arrays(np.int64, 12, elements=st.integers(0, 4)),
+    st.floats(0.01, 50),
+)
+def test_neighbours_with_any_scales_differ_by_at_most_the_clip(cells, scales, users, clip):
+    users = np.sort(users)
+    q = query(6, clip, cells=True)
+
+    def total(keep):
+        _, index = np.unique(users[keep], return_inverse=True)
+        part = Contribution.cells(cells[keep], index, num_users=5, scales=scales[keep])
+        return clipped_sum(part, q)
+
+    for user in range(5):
+        assert norm(total(users >= 0) - total(users != user), q) <= clip
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    hnp.arrays(np.int64, (30, 2), elements=st.integers(0, 5)),
+    hnp.arrays(np.float64, 30, elements=st.sampled_from([1.0, 1 / 3, 0.1, -0.7, np.nan, 1e308])),
+    hnp.arrays(np.int64, 30, elements=st.integers(0, 9)),
+    st.floats(0.1, 5),
+)
+def test_a_scaled_sum_is_bit_equal_whatever_the_blocks(cells, scales, users, clip):
+    users = np.sort(users)
+    q = query(6, clip, cells=True)
+
+    def total(keep):
+        part = Contribution.cells(cells[keep], users[keep], num_users=10, scales=scales[keep])
+        return clipped_sum(part, q)
+
+    whole, one_by_one = total(users >= 0), sum(total(users == user) for user in range(10))
+    assert np.array_equal(whole, one_by_one)
+    assert np.array_equal(whole, total(users < 4) + total(users >= 4))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_scale_that_is_not_finite_voids_its_user_only(value):
+    users = np.array([0, 1, 1, 2])
+    q = query(4, 1.0, cells=True)
+
+    total = clipped_sum(
+        Contribution.cells(
+            np.array([[0], [1], [1], [2]]),
+            users,
+            num_users=3,
+            scales=np.array([1.0, value, 0.5, 0.25]),
+        ),
+        q,
+    )
+
+    assert (total * Lattice.of(q).unit).tolist() == [1, 0, 0.25, 0]
+
+
+@pytest.mark.parametrize(
+    "scales", [np.ones(3), np.ones((2, 2)), np.ones((1, 2)), np.array(1.0), np.ones((2, 1, 1))]
+)
+def test_misshapen_scales_count_as_zeros(scales):
+    q = query(4, 1.0, cells=True)
+    cells = np.array([[0], [1]])
+
+    total = clipped_sum(Contribution.cells(cells, np.arange(2), num_users=2, scales=scales), q)
+
+    assert not total.any()
+
+
+def test_scales_of_one_change_no_bit():
+    rng = np.random.default_rng(0)
+    users = np.sort(rng.integers(0, 300, size=500))
+    cells = np.sort(rng.integers(0, 50, size=(500, 3)), axis=1)
+    q = query(50, 1.5, cells=True)
+    plain = Contribution.cells(cells, users, num_users=300)
+    scaled = Contribution.cells(cells, users, num_users=300, scales=np.ones(500))
+
+    assert np.array_equal(clipped_sum(plain, q), clipped_sum(scaled, q))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_mean_over_records_never_meets_a_clip_of_one_record(data):
+    records = data.draw(st.integers(1, 40))
+    cells = data.draw(hnp.arrays(np.int64, (records, 3), elements=st.integers(0, 3)))
+    cells = cells + np.array([0, 4, 8])
+    q = query(12, 3**0.5 * (1 + 2.0**-40), cells=True)
+    user = Contribution.cells(cells, np.zeros(records, dtype=np.int64), num_users=1)
+
+    total = clipped_sum(user.user_means(), q)
+
+    exact = np.bincount(cells.ravel(), minlength=12) / records
+    # a step of rounding, or of pulling the few in that rounding took over the bound
+    assert np.abs(total * Lattice.of(q).unit - exact).max() <= 3 * 2.0**-22
+
+
+def test_dense_rows_have_no_mean_over_records():
+    with pytest.raises(ConfigError, match="counted cells"):
+        Contribution.rows(np.ones((2, 2))).user_means()
+
+
 @pytest.mark.parametrize("stddev", [0.0, -1.0, np.nan, np.inf, 1e300])
 def test_noise_that_cannot_be_is_refused(stddev):
     with pytest.raises(ConfigError):
