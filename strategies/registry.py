@@ -30,6 +30,7 @@ AGGREGATORS = {"sum": "core.aggregator:Sum"}
 SYNTHESIZERS = {
     "columns": "strategies.independent:Columns",
     "tree": "strategies.mst:Tree",
+    "graph": "strategies.parts.graph:Graph",
     "pool": "strategies.private_evolution:Pool",
     "network": "strategies.parts.generator:Network",
     "autoencoder": "strategies.dp_fedavg:Autoencoder",

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from .denoise import shrink, smooth
 from .forest import walk
-from .histograms import Grid, Measured
-from .simplex import pooled_total, to_simplex
+from .histograms import Grid, Measured, total_of
+from .rounding import spread
+from .simplex import to_simplex
 
 _NEWTON_STEPS = 100
 _CLOSE = 1e-10  # largest gap of a table's margins, as a share of its total
@@ -162,7 +163,7 @@ class TreeModel:
                     (link,) = [e for e in self._links_from(parent) if e.right.column == column]
                     groups = link.left.groups[codes[:, parent]]
                     probs = self._conditional(link)
-                codes[:, column] = _spread(groups, probs, rng)
+                codes[:, column] = spread(groups, probs, rng)
         return codes
 
 
@@ -201,11 +202,6 @@ def fit(
         for edge in (edges if total > 0 else ())
     ]
     return TreeModel(tuple(c / c.sum() for c in counts), tuple(links))
-
-
-def total_of(measured: Sequence[Measured]) -> float:
-    """The number of records that the tables agree on; 0.0 if it is lost in noise."""
-    return pooled_total((m.counts, m.stddev) for m in measured)
 
 
 def columns_of(
@@ -384,27 +380,3 @@ def scaled(
 def _ratio(wanted: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
     """`wanted / found`, zero where nothing was found."""
     return np.divide(wanted, found, out=np.zeros_like(found), where=found > 0)
-
-
-def _spread(
-    groups: NDArray[np.int64], probs: NDArray[np.float64], rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """A cell for each record, drawn by its group's probabilities with the least variance.
-
-    Args:
-      groups: Group of each record, `(num_records,)`.
-      probs: Probabilities of the cells in each group, `(num_groups, num_cells)`.
-      rng: Source of the rounding and of the order.
-    """
-    sizes = np.bincount(groups, minlength=len(probs))
-    ends = np.cumsum(probs, axis=1)
-    ends *= (sizes / ends[:, -1])[:, None]
-    ends[:, -1] = sizes
-    counts = np.diff(np.floor(ends + rng.random((len(probs), 1))), axis=1, prepend=0.0)
-    cells = np.tile(np.arange(probs.shape[1]), len(probs))
-    drawn = np.repeat(cells, counts.astype(np.int64).ravel())
-    order = rng.permutation(len(groups))
-    order = order[np.argsort(groups[order], kind="stable")]
-    result = np.empty(len(groups), dtype=np.int64)
-    result[order] = drawn
-    return result
