@@ -32,6 +32,13 @@ MISSING = ("", "?")
 NUMBER = r"^[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|(?i:inf(?:inity)?))$"
 """What a text that spells a number looks like."""
 
+DATE = (
+    r"^(?P<year>[0-9]{4})-(?P<month>[0-9]{2})-(?P<day>[0-9]{2})"
+    r"(?:[T ](?P<hour>[0-9]{2}):(?P<minute>[0-9]{2})(?::(?P<second>[0-9]{2})(?:\.[0-9]+)?)?"
+    r"(?:Z|(?P<sign>[+-])(?P<ahead>[0-9]{2}):?(?P<ahead_minutes>[0-9]{2}))?)?$"
+)
+"""What an ISO 8601 date or time looks like, and its parts."""
+
 _BATCH = 1 << 16  # records in a batch
 _CSV_BLOCK = 1 << 24  # bytes parsed at a time
 _SEEN_LINES = 1000  # records of a text file that `columns_of` looks at
@@ -48,7 +55,7 @@ class SeenColumn:
     """
 
     name: str
-    type: Literal["text", "integer", "real", "boolean", "image", "other"]
+    type: Literal["text", "integer", "real", "boolean", "date", "image", "other"]
     shape: tuple[int, ...] = ()
 
 
@@ -56,7 +63,7 @@ def columns_of(path: Path) -> list[SeenColumn]:
     """Names and types of a data file's columns, for `fedsynth init`.
 
     Parquet and npz files declare their types. A text file does not: the first 1,000 records say
-    whether a column parses as whole numbers, numbers or truth values, and are forgotten.
+    whether a column parses as whole numbers, numbers, dates or truth values, and are forgotten.
 
     Raises:
       ShardError: The file cannot be read or parsed.
@@ -356,15 +363,16 @@ def _jsonl_columns(path: Path) -> list[SeenColumn]:
     return found
 
 
-def _parsed_type(texts: Sequence[str]) -> Literal["text", "integer", "real", "boolean"]:
+def _parsed_type(texts: Sequence[str]) -> Literal["text", "integer", "real", "boolean", "date"]:
     """What all of a column's texts parse as."""
     present = pa.array([t.strip() for t in texts if t.strip() not in MISSING], pa.string())
     if len(present) == 0:
         return "text"
-    patterns: tuple[tuple[str, Literal["integer", "real", "boolean"]], ...] = (
+    patterns: tuple[tuple[str, Literal["integer", "real", "boolean", "date"]], ...] = (
         (r"^(?i:true|false)$", "boolean"),
         (r"^[+-]?(?:0|[1-9][0-9]*)$", "integer"),  # 007 is text: its zeros mean something
         (NUMBER, "real"),
+        (DATE, "date"),
     )
     for pattern, kind in patterns:
         if pc.all(pc.match_substring_regex(present, pattern)).as_py():
@@ -399,7 +407,9 @@ def _parquet_batches(path: Path, needed: Sequence[str]) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch])
 
 
-def _seen_type(kind: pa.DataType) -> Literal["text", "integer", "real", "boolean", "other"]:
+def _seen_type(
+    kind: pa.DataType,
+) -> Literal["text", "integer", "real", "boolean", "date", "other"]:
     """A column's type as its file declares it."""
     types = pa.types
     if types.is_dictionary(kind):
@@ -410,19 +420,22 @@ def _seen_type(kind: pa.DataType) -> Literal["text", "integer", "real", "boolean
         return "real"
     if types.is_boolean(kind):
         return "boolean"
+    if types.is_date(kind) or types.is_timestamp(kind):
+        return "date"
     is_text = types.is_string(kind) or types.is_large_string(kind) or kind == pa.string_view()
     return "text" if is_text else "other"
 
 
 # --- npz --------------------------------------------------------------------------------------
 
-_NPZ_TYPES: dict[str, Literal["text", "integer", "real", "boolean"]] = {
+_NPZ_TYPES: dict[str, Literal["text", "integer", "real", "boolean", "date"]] = {
     "b": "boolean",
     "i": "integer",
     "u": "integer",
     "f": "real",
     "U": "text",
     "S": "text",
+    "M": "date",
 }
 
 

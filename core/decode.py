@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .dates import SECONDS
 from .errors import SchemaError
 from .records import Records
 from .schema import Column, Schema
@@ -15,15 +16,15 @@ from .schema import Column, Schema
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_INT64 = 2.0**63
-
 
 def decode(schema: Schema, records: Records, rng: np.random.Generator) -> "pa.Table":
     """A table of values, one column for each of the schema's table columns.
 
-    A category reads as its text, an integer is drawn among the integers of its bin, a real
-    number uniformly within its bin, a missing value is null. Encoding the table by the same
-    schema gives the same codes, as long as every bin of an integer column holds an integer.
+    A category or an ordinal reads as its text, a boolean as true or false. An integer is drawn
+    among the integers of its bin, a date among the days (or hours, ...) of its, a real number
+    uniformly within its bin; a missing value is null. Encoding the table by the same schema gives
+    the same codes, as long as every bin of an integer or a date holds one. An id column that the
+    schema wants as serial numbers comes first: 1, 2, 3 and so on.
 
     Args:
       schema: Public schema of the records.
@@ -40,8 +41,10 @@ def decode(schema: Schema, records: Records, rng: np.random.Generator) -> "pa.Ta
             f"records of shape {records.codes.shape} do not fit a schema of"
             f" {len(schema.columns)} table columns"
         )
-    columns = [_values(c, records.codes[:, i], rng) for i, c in enumerate(schema.columns)]
-    return pa.table(columns, names=list(schema.names))
+    serial = [column.name for column in schema.ids if column.synthesize == "serial"]
+    columns = [pa.array(np.arange(1, len(records) + 1)) for _ in serial]
+    columns += [_values(c, records.codes[:, i], rng) for i, c in enumerate(schema.columns)]
+    return pa.table(columns, names=[*serial, *schema.names])
 
 
 def save_records(
@@ -68,6 +71,9 @@ def save_records(
         arrays: dict[str, NDArray[Any]] = {schema.image.name: records.images}
         for i, column in enumerate(schema.columns):
             arrays[column.name] = _array(column, records.codes[:, i], table.column(column.name))
+        for id_column in schema.ids:
+            if id_column.synthesize == "serial":
+                arrays[id_column.name] = table.column(id_column.name).to_numpy()
         written.append(target / "images.npz")
         _save_npz(written[-1], arrays)
     return written
@@ -78,13 +84,17 @@ def _values(column: Column, codes: NDArray[np.int32], rng: np.random.Generator) 
     import pyarrow as pa
 
     missing = codes == column.num_cells - 1 if column.missing else np.zeros(len(codes), np.bool_)
-    if column.kind == "category":
-        indices = pa.array(codes, mask=missing)
-        categories = pa.array(column.categories, type=pa.string())
-        return categories.take(indices)
     bins = np.where(missing, 0, codes)
-    if column.kind == "integer":
-        return pa.array(_integers(column, bins, rng), mask=missing)
+    match column.kind:
+        case "boolean":
+            return pa.array(bins == 1, mask=missing)
+        case "category" | "ordinal":
+            indices = pa.array(codes, mask=missing)
+            return pa.array(column.categories, type=pa.string()).take(indices)
+        case "integer":
+            return pa.array(_integers(column, bins, rng), mask=missing)
+        case "date":
+            return _dates(column, _integers(column, bins, rng), missing)
     low, high = column.edges[bins], column.edges[bins + 1]
     reals = np.minimum(low + rng.random(len(bins)) * (high - low), np.nextafter(high, low))
     return pa.array(np.maximum(reals, low), mask=missing)
@@ -92,21 +102,24 @@ def _values(column: Column, codes: NDArray[np.int32], rng: np.random.Generator) 
 
 def _integers(column: Column, bins: NDArray[Any], rng: np.random.Generator) -> NDArray[np.int64]:
     """A uniform integer of each bin; the nearest one where a bin holds none."""
-    edges = np.clip(column.edges, -_INT64, np.nextafter(_INT64, 0))
-    first = np.ceil(edges[:-1])
-    last = np.ceil(edges[1:]) - 1
-    last[-1] = np.floor(edges[-1])  # the top edge belongs to the last bin
-    empty = last < first
-    middle = np.clip(np.rint((edges[:-1] + edges[1:]) / 2), np.ceil(edges[0]), edges[-1])
-    first, last = np.where(empty, middle, first), np.where(empty, middle, last)
-    lows, highs = first.astype(np.int64), last.astype(np.int64)
+    lows, highs = (ends.astype(np.int64) for ends in column.ends)
     drawn: NDArray[np.int64] = rng.integers(lows[bins], highs[bins], endpoint=True)
     return drawn
 
 
+def _dates(column: Column, units: NDArray[np.int64], missing: NDArray[np.bool_]) -> "pa.Array":
+    """Days as dates, finer units as times to the second."""
+    import pyarrow as pa
+
+    if column.resolution == "day":
+        return pa.array(units.astype(np.int32), mask=missing, type=pa.int32()).cast(pa.date32())
+    seconds = units * SECONDS[column.resolution]
+    return pa.array(seconds, mask=missing).cast(pa.timestamp("s"))
+
+
 def _array(column: Column, codes: NDArray[np.int32], values: "pa.ChunkedArray") -> NDArray[Any]:
     """One column as a plain array: missing text is empty, a missing number is NaN."""
-    if column.kind != "category":
+    if not column.is_categorical:
         return np.asarray(values.to_numpy())
     if not column.missing and all(_is_whole(c) for c in column.categories):
         return np.array([int(c) for c in column.categories], dtype=np.int64)[codes]

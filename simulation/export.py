@@ -3,7 +3,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, DataError
 
@@ -43,8 +43,8 @@ def write_table(table: "pa.Table", path: Path) -> None:
                     csv.write_csv(table, file)
                 case _:
                     for batch in table.to_batches(max_chunksize=10_000):
-                        rows = (json.dumps(r, ensure_ascii=False) for r in batch.to_pylist())
-                        file.write("".join(f"{row}\n" for row in rows).encode())
+                        rows = (_json_line(record) for record in batch.to_pylist())
+                        file.write("".join(rows).encode())
     except FileExistsError as error:
         raise ConfigError(f"{path} is there already; name another file") from error
     except OSError as error:
@@ -52,3 +52,8 @@ def write_table(table: "pa.Table", path: Path) -> None:
     except pa.ArrowInvalid as error:
         path.unlink(missing_ok=True)
         raise DataError(f"{path.suffix} cannot hold images; write a .parquet file") from error
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON, dates as ISO 8601 text."""
+    return json.dumps(record, ensure_ascii=False, default=lambda moment: moment.isoformat()) + "\n"

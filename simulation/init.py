@@ -19,6 +19,7 @@ from ..client.files import SeenColumn, columns_of
 from ..core.errors import ConfigError, DataError, SchemaError
 
 HOLE = "FILL IN"
+_DATES = 'bounds = ["2015-01-01", "2024-12-31"]'
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _IDENTIFYING = frozenset(
     [
@@ -37,7 +38,7 @@ class Found:
 
     Attributes:
       name: Its name.
-      type: `integer`, `real`, `category`, `image`, or what else the file says.
+      type: `integer`, `real`, `category`, `boolean`, `date`, `image`, or what the file says.
       role: What the draft does with it.
       needs: What a person has to fill in.
       note: Why it is left out, or how its hole is filled.
@@ -211,6 +212,8 @@ def _judged(
     if name in categories:
         return replace(column, type="category", categories=categories[name])
     if name in bounds:
+        if column.type == "date":
+            raise ConfigError(f"column {name!r} holds dates; write in schema.toml: {_DATES}")
         if column.type not in ("integer", "real", "category"):
             raise ConfigError(f"column {name!r} is {column.type}, so bounds mean nothing for it")
         kind = "real" if column.type == "category" else column.type  # text that spells numbers
@@ -220,9 +223,9 @@ def _judged(
             return replace(column, needs="bounds", note=f"--bounds {name}=LOW,HIGH")
         case "category":
             return replace(column, needs="categories", note=f"--categories {name}=FILE")
-        case "boolean":
-            return replace(column, type="category", categories=("false", "true"))
-        case "image":
+        case "date":
+            return replace(column, needs="bounds", note=f"in schema.toml: {_DATES}")
+        case "boolean" | "image":
             return column
         case _:
             note = "neither text nor number: code it first"
@@ -304,13 +307,15 @@ def _schema_toml(name: str, columns: Sequence[Found], target: str | None) -> str
     ]
     if target:
         parts.append(f"target = {_quoted(target)}\n")
-    parts += [_entry(column) for column in columns if column.role == "feature"]
+    parts += [_entry(column) for column in columns if column.role != "left out"]
     return "\n".join(parts)
 
 
 def _entry(column: Found) -> str:
     """A column's table in `schema.toml`."""
     key = column.name if _BARE_KEY.fullmatch(column.name) else _quoted(column.name)
+    if column.role == "user id":
+        return f'[columns.{key}]\ntype = "id"  # keys the promise; never synthesized\n'
     lines = [f"[columns.{key}]", f"type = {_quoted(column.type)}"]
     if column.shape:
         lines.append(f"shape = {list(column.shape)}")
@@ -320,8 +325,9 @@ def _entry(column: Found) -> str:
         lines.append(f"bounds = [{column.bounds[0]!r}, {column.bounds[1]!r}]")
     elif column.needs == "categories":
         lines.append(f"categories = {_quoted(HOLE + ': a list of all values')}")
-    else:
-        lines.append(f"bounds = {_quoted(HOLE + ': [lowest, highest]')}")
+    elif column.needs == "bounds":
+        what = "[first, last], as ISO dates" if column.type == "date" else "[lowest, highest]"
+        lines.append(f"bounds = {_quoted(f'{HOLE}: {what}')}")
     origin = "public: declared to fedsynth init"
     if column.needs:
         origin = HOLE + ": where that is known from, as in 'public: code book'"

@@ -190,7 +190,7 @@ def train_on_synthetic(
       None. The result is an exact function of private records and stays with their owner.
     """
     at = schema.index(target)
-    if schema.columns[at].kind != "category":
+    if not schema.columns[at].is_categorical:
         raise SchemaError(f"target {target!r} must be a category to be predicted as a class")
     if len(schema.columns) == 1 and schema.image is None:
         raise SchemaError(f"target {target!r} is the only column, so nothing predicts it")
@@ -306,7 +306,7 @@ def _model(judge: str, schema: Schema, at: int, *, batch: int) -> Any:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     categorical = [
-        c.kind == "category" and c.num_cells <= 255 for i, c in enumerate(schema.columns) if i != at
+        not c.is_ordered and c.num_cells <= 255 for i, c in enumerate(schema.columns) if i != at
     ]
     return HistGradientBoostingClassifier(
         max_iter=100, early_stopping=False, categorical_features=categorical, random_state=0
@@ -319,7 +319,7 @@ def _ordinals(records: Records, at: int) -> NDArray[np.float64]:
 
 
 def _one_hot(records: Records, schema: Schema, at: int) -> "csr_matrix":
-    """Cells of categories, numbers scaled to [0, 1], and pixels, as one sparse matrix."""
+    """Cells of categories, ordered cells scaled to [0, 1], and pixels, as one sparse matrix."""
     from scipy.sparse import csr_matrix, hstack
 
     rows = np.arange(len(records))
@@ -328,12 +328,12 @@ def _one_hot(records: Records, schema: Schema, at: int) -> "csr_matrix":
         codes = records.codes[:, index]
         if index == at:
             continue
-        if column.kind == "category":
+        if not column.is_ordered:
             ones = np.ones(len(codes))
             blocks.append(csr_matrix((ones, (rows, codes)), (len(codes), column.num_cells)))
         else:
-            gone = codes >= column.num_bins
-            scaled = np.where(gone, 0.0, (codes + 0.5) / column.num_bins)
+            gone = codes >= column.num_ordered_cells
+            scaled = np.where(gone, 0.0, (codes + 0.5) / column.num_ordered_cells)
             blocks.append(csr_matrix(np.column_stack([scaled, gone])))
     if records.images is not None:
         pixels = records.images.reshape(len(records), -1) / 255.0

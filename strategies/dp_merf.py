@@ -235,7 +235,7 @@ class DpMerf(Strategy):
         name = self.label
         if name is None and schema.target is not None:
             target = schema.index(schema.target)
-            name = schema.target if schema.columns[target].kind == "category" else ""
+            name = schema.target if schema.columns[target].is_categorical else ""
         if name and name not in schema.names:
             raise ConfigError(f"label = {name!r} is no column; there are {', '.join(schema.names)}")
         label = schema.index(name) if name else -1
@@ -250,9 +250,9 @@ class DpMerf(Strategy):
 
 
 def _columns(schema: Schema, label: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cells of each column and how many of them are bins of a number; the label has none."""
+    """Cells of each column and how many of them have an order; the label has none."""
     cells = np.array(schema.shape, dtype=np.int64)
-    bins = np.array([column.num_bins for column in schema.columns], dtype=np.int64)
+    bins = np.array([column.num_ordered_cells for column in schema.columns], dtype=np.int64)
     if label >= 0:
         cells[label] = bins[label] = 0
     return cells, bins

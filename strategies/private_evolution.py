@@ -244,7 +244,7 @@ class PrivateEvolution(Strategy):
         if self.label is not None and name not in schema.names:
             raise ConfigError(f"label = {name!r} is no column; there are {', '.join(schema.names)}")
         position = schema.index(name)
-        if schema.columns[position].kind == "category":
+        if schema.columns[position].is_categorical:
             return position
         if self.label is None:
             return -1

@@ -77,7 +77,7 @@ class TableMutator(VariationModel):
 
     Attributes:
       num_cells: Cells of each column, `(num_columns,)`.
-      num_bins: Bins of each number, 0 for a category, `(num_columns,)`.
+      num_bins: Ordered cells of each column, 0 for a category, `(num_columns,)`.
       fixed: Column that keeps its code (the label), or -1.
       shares: From which each column is drawn, `(num_cells,)` each: public, or noisy sums made
         into probabilities. `None`: all cells alike.
@@ -220,9 +220,9 @@ class Variations(VariationModel):
 
 
 def columns_of(schema: Schema) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cells of each column and, for numbers, bins without the one for missing values."""
+    """Cells of each column, and how many of them have an order."""
     cells = np.array(schema.shape, dtype=np.int64)
-    bins = np.array([0 if c.kind == "category" else c.num_bins for c in schema.columns])
+    bins = np.array([c.num_ordered_cells for c in schema.columns])
     return cells, bins.astype(np.int64)
 
 

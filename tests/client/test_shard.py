@@ -6,6 +6,7 @@ import decimal
 import gzip
 import io
 import json
+import math
 import traceback
 import zipfile
 from pathlib import Path
@@ -21,7 +22,7 @@ from fedsynth.core.decode import decode
 from fedsynth.core.errors import ConfigError, ShardError
 from fedsynth.core.privacy import PrivacyUnit, User
 from fedsynth.core.records import Records
-from fedsynth.core.schema import Column, ImageColumn, Schema
+from fedsynth.core.schema import Column, IdColumn, ImageColumn, Schema
 from fedsynth.core.users import partition_of
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tabular"
@@ -220,6 +221,94 @@ def test_a_category_is_not_found_by_mere_likeness(value: str):
     column = category("x", "a", "abc", "true", "1", missing=True)
 
     assert codes_of(pa.array([value]), column) == [4]
+
+
+# --- dates, booleans, ordinals and ids --------------------------------------------------------
+
+DAYS = Column("d", "date", ORIGIN, bounds=(0, 99), num_bins=100, missing=True)
+HOURS = Column("d", "date", ORIGIN, bounds=(0, 47), num_bins=48, missing=True, resolution="hour")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["1970-01-03"],
+        [" 1970-01-03T23:59:59.999 "],
+        ["1970-01-03 00:00"],
+        ["1970-01-04T01:30+02:00"],
+        ["1970-01-02T23:30:00-0100"],
+        ["1970-01-03T00:00Z"],
+        [datetime.date(1970, 1, 3)],
+        [datetime.datetime(1970, 1, 3, 23, tzinfo=datetime.UTC)],
+        pa.array([2 * 86_400_000 + 5], pa.timestamp("ms")),
+        pa.array([2 * 86_400_000], pa.date64()),
+        pa.array(["1970-01-03"]).dictionary_encode(),
+        np.array(["1970-01-03T05"], dtype="datetime64[h]").astype("datetime64[ns]"),
+    ],
+    ids=str,
+)
+def test_a_date_is_read_from_every_spelling_and_type(values: Any):
+    assert codes_of(values, DAYS) == [2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1970-02-30", "1970-13-01", "1970-00-10", "03/01/1970", "1970-1-3", "1970-01-03T24:00", "x"],
+)
+def test_what_spells_no_date_is_missing_where_that_is_allowed(text: str):
+    strict = Column("d", "date", ORIGIN, bounds=(0, 99), num_bins=100)
+
+    assert codes_of([text, None], DAYS) == [100, 100]
+    with pytest.raises(ShardError, match="not a date like 2024-12-31"):
+        codes_of([text], strict)
+
+
+def test_leap_days_are_days():
+    leap = Column("d", "date", ORIGIN, bounds=(19_782, 19_783), num_bins=2, missing=True)
+
+    texts = ["2024-02-29", "2024-03-01", "2023-02-29", "1900-02-29", "2000-02-29"]
+
+    assert codes_of(texts, leap) == [0, 1, 2, 2, 0]
+
+
+def test_dates_beyond_the_bounds_count_in_the_outermost_bins():
+    values = ["0001-01-01", "1969-12-31T23:59", "1970-01-01", "1970-01-01T01:00", "9999-12-31"]
+
+    assert codes_of(values, HOURS) == [0, 0, 0, 1, 47]
+    assert codes_of(pa.array([-1, None], pa.timestamp("ns")), HOURS) == [0, 48]
+
+
+def test_a_number_is_no_date():
+    with pytest.raises(ShardError, match="expected dates, found int64"):
+        codes_of([19_000], DAYS)
+
+
+def test_a_boolean_is_read_from_every_spelling_and_type():
+    column = Column("b", "boolean", ORIGIN, missing=True)
+
+    assert codes_of(["true", "False", "TRUE", "0", "1", "1.0", "yes", None], column) == [
+        *(1, 0, 1, 0, 1, 1, 2, 2)
+    ]
+    assert codes_of([True, False, None], column) == [1, 0, 2]
+    assert codes_of([1, 0, 7], column) == [1, 0, 2]
+    assert codes_of([1.0, 0.0, math.nan], column) == [1, 0, 2]
+
+
+def test_an_ordinal_keeps_the_order_of_the_schema():
+    column = Column("o", "ordinal", ORIGIN, ("low", "mid", "high"), missing=True)
+
+    assert codes_of(["high", "low", "mid", "none"], column) == [2, 0, 1, 3]
+
+
+def test_ids_are_read_for_their_users_alone(tmp_path: Path):
+    path = write(tmp_path / "t.csv", {"user": ["a", "b"], "visit": ["v1", "v1"], "x": [1, 2]})
+    ids = (IdColumn("user"), IdColumn("visit"), IdColumn("not_in_the_file"))
+    schema = Schema((number("x", 0, 9, 10),), ids=ids)
+
+    shard = read_shard(path, schema, BY_USER)
+
+    assert shard.records.codes.tolist() == [[1], [2]]
+    assert shard.user_ids.tolist() == ["a", "b"]
 
 
 # --- users, partitions, batches ---------------------------------------------------------------
@@ -704,7 +793,7 @@ def test_columns_of_other_kinds_are_named_so(tmp_path: Path):
     (tmp_path / "s.jsonl").write_text('{"l": ["x"], "a": null}\n{"b": 2}\n')
     np.savez(tmp_path / "s.npz", i=np.zeros((2, 3, 4), np.uint8), y=np.zeros(2), z=np.zeros((2, 2)))
 
-    assert [c.type for c in columns_of(tmp_path / "s.parquet")] == ["other"] * 3
+    assert [c.type for c in columns_of(tmp_path / "s.parquet")] == ["date", "other", "other"]
     assert columns_of(tmp_path / "s.jsonl") == [
         SeenColumn("l", "other"),
         SeenColumn("a", "text"),

@@ -8,9 +8,10 @@ import pytest
 from fedsynth.client.shard import encode, read_shard
 from fedsynth.core.decode import decode, save_records
 from fedsynth.core.errors import SchemaError
-from fedsynth.core.privacy import PrivacyUnit
+from fedsynth.core.privacy import PrivacyUnit, User
 from fedsynth.core.records import Records
 from fedsynth.core.schema import Column, ImageColumn, Schema
+from fedsynth.simulation.export import write_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -202,3 +203,98 @@ def test_records_without_their_images_are_refused(tmp_path: Path):
 
     with pytest.raises(SchemaError, match="no images"):
         save_records(schema, Records(np.empty((3, 0), dtype=np.int32)), rng(), tmp_path)
+
+
+# --- ordinals, booleans, dates and ids --------------------------------------------------------
+
+KINDS = Schema.from_json(
+    {
+        "columns": {
+            "patient": {"type": "id", "synthesize": "serial"},
+            "visit": {"type": "id"},
+            "grade": {"type": "ordinal", "categories": ["low", "mid", "high"], "origin": "policy"},
+            "ill": {"type": "boolean", "missing": True},
+            "born": {
+                "type": "date",
+                "bounds": ["1920-01-01", "2024-12-31"],
+                "num_bins": 40,
+                "missing": True,
+                "origin": "policy",
+            },
+            "at": {
+                "type": "date",
+                "bounds": ["1969-12-31T20:00", "1970-01-01T03:30"],
+                "resolution": "minute",
+                "num_bins": 7,
+                "origin": "policy",
+            },
+        }
+    }
+)
+
+
+def kinds_codes(num_records: int = 400) -> Records:
+    cells = [rng().integers(0, c.num_cells, num_records) for c in KINDS.columns]
+    return Records(np.stack(cells, axis=1).astype(np.int32))
+
+
+def test_every_kind_decodes_to_its_own_type_and_back_to_its_codes():
+    records = kinds_codes()
+
+    table = decode(KINDS, records, rng())
+
+    assert dict(zip(table.column_names, table.schema.types, strict=True)) == {
+        "patient": pa.int64(),
+        "grade": pa.string(),
+        "ill": pa.bool_(),
+        "born": pa.date32(),
+        "at": pa.timestamp("s"),
+    }
+    assert (encode(table, KINDS, RECORD).records.codes == records.codes).all()
+    assert table["born"].null_count == (records.codes[:, 2] == 40).sum() > 0
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_every_kind_comes_back_from_every_format(tmp_path: Path, ending: str):
+    records = kinds_codes()
+
+    write_table(decode(KINDS, records, rng()), tmp_path / f"t.{ending}")
+
+    again = read_shard(tmp_path / f"t.{ending}", KINDS, User("patient")).records.codes
+    assert (again == records.codes).all()
+
+
+def test_serial_numbers_are_the_only_ids_in_a_release():
+    table = decode(KINDS, kinds_codes(5), rng())
+
+    assert table["patient"].to_pylist() == [1, 2, 3, 4, 5]
+    assert "visit" not in table.column_names
+
+
+def test_a_date_is_uniform_among_those_of_its_bin():
+    days = {"type": "date", "bounds": ["2024-02-26", "2024-03-02"], "num_bins": 1}
+    schema = Schema.from_json({"columns": {"d": days | {"origin": "policy"}}})
+    records = Records(np.zeros((60_000, 1), dtype=np.int32))
+
+    values = decode(schema, records, rng())["d"].to_numpy()
+
+    days_found, counts = np.unique(values, return_counts=True)
+    assert [str(d) for d in days_found[[0, 3, -1]]] == ["2024-02-26", "2024-02-29", "2024-03-02"]
+
+    def chi_squared(expected: np.ndarray) -> float:
+        return float(((counts - expected) ** 2 / expected).sum())
+
+    assert chi_squared(np.full(6, 10_000.0)) < 20.5  # 5 degrees of freedom, p = 0.001
+    assert chi_squared(np.array([4, 3, 3, 3, 3, 2]) / 18 * 60_000) > 1000
+
+
+def test_images_stand_beside_dates_and_serial_numbers(tmp_path: Path):
+    image = ImageColumn("picture", (2, 2, 1), ORIGIN)
+    schema = Schema(KINDS.columns, image=image, ids=KINDS.ids)
+    records = Records(kinds_codes(6).codes, np.zeros((6, 2, 2, 1), np.uint8))
+
+    save_records(schema, records, rng(), tmp_path)
+
+    again = read_shard(tmp_path / "data" / "images.npz", schema, User("patient"))
+    assert (again.records.codes == records.codes).all()
+    assert again.user_ids.tolist() == list("123456")

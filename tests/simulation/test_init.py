@@ -46,7 +46,7 @@ def test_types_and_roles_come_from_the_header(patients: Path):
         "sex": ("category", "feature", "categories"),
         "los_days": ("real", "feature", "bounds"),
         "email": ("category", "left out", ""),
-        "smoker": ("category", "feature", ""),
+        "smoker": ("boolean", "feature", ""),
     }
 
 
