@@ -74,7 +74,13 @@ def gum(
       https://arxiv.org/abs/2012.15128. Here the records of a target are moved all at once, and
       their number in a cell is rounded without bias, so small gaps close too.
     """
-    _check(codes, targets, passes, step_first, step_last, copy_share)
+    checked(codes, targets)
+    if passes < 0:
+        raise ConfigError(f"passes must be 0 or more, not {passes!r}")
+    if not (0 < step_first <= 1 and 0 < step_last <= 1):
+        raise ConfigError(f"steps must lie in (0, 1], not {step_first!r} and {step_last!r}")
+    if not 0 <= copy_share <= 1:
+        raise ConfigError(f"copy_share must lie in [0, 1], not {copy_share!r}")
     num_records = len(codes)
     columns = np.array(codes.T, dtype=np.int32, order="C")  # a target reads whole columns
     if not num_records or not targets:
@@ -148,20 +154,32 @@ def _enter(
     """Change the target's columns of `records` so that each is in its cell of `goal`, in place."""
     for grid, groups in zip(target.grids, np.unravel_index(goal, target.probs.shape), strict=True):
         column = columns[grid.column]
-        if _is_whole(grid):
-            column[records] = groups
-            continue
-        # within a group: a record that is in it already stays, others follow the column's shares
+        # a record that is in its group already stays where it is in there
         entering = grid.groups[column[records]] != groups
-        common = np.bincount(column, minlength=len(grid.groups)) + 1e-3
-        by_group = np.argsort(grid.groups, kind="stable")
-        ends = np.concatenate([[0.0], np.cumsum(common[by_group])])
-        edges = ends[np.searchsorted(grid.groups[by_group], np.arange(grid.size + 1))]
-        low, high = edges[groups[entering]], edges[groups[entering] + 1]
-        drawn = np.searchsorted(ends, low + (high - low) * rng.random(len(low)), "right") - 1
-        first = np.searchsorted(ends, low, "left")  # rounding must not leave the group
-        last = np.searchsorted(ends, high, "left") - 1
-        column[records[entering]] = by_group[np.clip(drawn, first, last)]
+        column[records[entering]] = codes_within(grid, groups[entering], column, rng)
+
+
+def codes_within(
+    grid: Grid, groups: NDArray[np.int64], column: NDArray[np.int32], rng: np.random.Generator
+) -> NDArray[np.int32]:
+    """A cell of each group, drawn by how often `column` holds the group's cells.
+
+    Args:
+      grid: What the column's cells are merged by.
+      groups: Groups to draw from, `(num_drawn,)`.
+      column: Codes that records have, `(num_records,)`.
+      rng: Public randomness.
+    """
+    if _is_whole(grid):
+        return np.asarray(groups, dtype=np.int32)
+    common = np.bincount(column, minlength=len(grid.groups)) + 1e-3
+    by_group = np.argsort(grid.groups, kind="stable")
+    ends = np.concatenate([[0.0], np.cumsum(common[by_group])])
+    edges = np.searchsorted(grid.groups[by_group], np.arange(grid.size + 1))
+    low, high = ends[edges[groups]], ends[edges[groups + 1]]
+    drawn = np.searchsorted(ends, low + (high - low) * rng.random(len(groups)), "right") - 1
+    drawn = np.clip(drawn, edges[groups], edges[groups + 1] - 1)  # rounding stays in the group
+    return np.asarray(by_group[drawn], dtype=np.int32)
 
 
 def _is_whole(grid: Grid) -> bool:
@@ -169,21 +187,12 @@ def _is_whole(grid: Grid) -> bool:
     return grid.size == len(grid.groups) and bool((grid.groups == np.arange(grid.size)).all())
 
 
-def _check(
-    codes: NDArray[np.int32],
-    targets: Sequence[Target],
-    passes: int,
-    step_first: float,
-    step_last: float,
-    copy_share: float,
-) -> None:
-    """Refuse settings and targets that cannot mean anything."""
-    if passes < 0:
-        raise ConfigError(f"passes must be 0 or more, not {passes!r}")
-    if not (0 < step_first <= 1 and 0 < step_last <= 1):
-        raise ConfigError(f"steps must lie in (0, 1], not {step_first!r} and {step_last!r}")
-    if not 0 <= copy_share <= 1:
-        raise ConfigError(f"copy_share must lie in [0, 1], not {copy_share!r}")
+def checked(codes: NDArray[np.int32], targets: Sequence[Target]) -> None:
+    """Refuse targets that records with these columns cannot have.
+
+    Raises:
+      ConfigError: A target is no distribution over cells of some of the columns.
+    """
     for target in targets:
         names = [grid.column for grid in target.grids]
         if not (
