@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..core.dates import SECONDS
 from ..core.errors import ShardError
+from ..core.open_codes import cut_text, number_codes, text_words
 from ..core.schema import Column
 from .files import DATE, MISSING, NUMBER
 
@@ -40,16 +41,13 @@ class Coder:
         bounds, infinities too, count in the outermost bins. A missing value, NaN, what does not
         parse and an unlisted category go to the cell for missing values.
 
+        An open number's code is that of `core.open_codes`; for an open category see `words`.
+
         Raises:
           ShardError: There is such a value, and no cell for it; or the type is another. `where`
             names the file.
         """
-        array = values.combine_chunks()
-        if isinstance(array, pa.ChunkedArray):
-            array = array.chunk(0) if array.num_chunks else pa.array([], type=array.type)
-        where = f"{where}: column {self.column.name!r}"
-        if array.type == pa.string_view() or array.type == pa.float16():  # neither has an encoding
-            array = array.cast(pa.float32() if array.type == pa.float16() else pa.large_string())
+        where, array = self._prepared(values, where)
         if self.column.is_categorical:
             return self._category_codes(array, where)
         if pa.types.is_dictionary(array.type):
@@ -60,9 +58,41 @@ class Coder:
         if absent.any() and not self.column.missing:
             spelled = "a date like 2024-12-31 or 2024-12-31T08:30" if is_date else "a number"
             raise _no_cell(where, f"is missing or not {spelled}")
+        if self.column.is_open:
+            return number_codes(numbers)
         cells = np.searchsorted(self.column.edges, numbers, side="right") - 1
         cells = np.clip(cells, 0, self.column.num_bins - 1)  # to the bounds; the top edge is inside
         return np.where(absent, self.column.num_bins, cells).astype(np.int32)
+
+    def words(
+        self, values: pa.ChunkedArray, where: str
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Code and text of each value of an open category.
+
+        Returns:
+          `(num_records,)`, 0 or, where a value is missing, 1; and `(num_records, num_words)`.
+
+        Raises:
+          ShardError: A value is missing, and there is no cell for it; or the type is another.
+        """
+        where, array = self._prepared(values, where)
+        encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
+        texts = _category_texts(encoded.dictionary, where).to_pylist()
+        spelled = ["" if text in (None, *MISSING) else _spelling(text) for text in texts] + [""]
+        entries = encoded.indices.fill_null(-1).to_numpy()
+        absent = np.array([not text for text in spelled], dtype=np.int32)[entries]
+        if absent.any() and not self.column.missing:
+            raise _no_cell(where, "is missing")
+        return absent, text_words(spelled, self.column.max_bytes)[entries]
+
+    def _prepared(self, values: pa.ChunkedArray, where: str) -> tuple[str, pa.Array]:
+        """The column's place in messages, and its values as one array."""
+        array = values.combine_chunks()
+        if isinstance(array, pa.ChunkedArray):
+            array = array.chunk(0) if array.num_chunks else pa.array([], type=array.type)
+        if array.type == pa.string_view() or array.type == pa.float16():  # neither has an encoding
+            array = array.cast(pa.float32() if array.type == pa.float16() else pa.large_string())
+        return f"{where}: column {self.column.name!r}", array
 
     def _category_codes(self, array: pa.Array, where: str) -> NDArray[np.int32]:
         """Cell of each value of a category; -1 stands for a value without one on the way."""
@@ -72,13 +102,25 @@ class Coder:
         of_entry = np.full(len(texts) + 1, -1, dtype=np.int32)
         of_entry[:-1] = [-1 if cell is None else cell for cell in map(self._cells.get, texts)]
         for entry in np.flatnonzero(of_entry[:-1] < 0).tolist():
-            of_entry[entry] = _respelled(texts[entry], self._spellings)
+            of_entry[entry] = self._respelled(texts[entry])
         codes: NDArray[np.int32] = of_entry[encoded.indices.fill_null(-1).to_numpy()]
         if self.column.missing:
             return np.where(codes < 0, np.int32(len(self.column.categories)), codes)
         if (codes < 0).any():
             raise _no_cell(where, "is missing or not among the schema's categories")
         return codes
+
+    def _respelled(self, text: str | None) -> int:
+        """Cell of a value that no category spells exactly so; -1 if it has none."""
+        if text is None:
+            return -1
+        spelling = _spelling(text)
+        if self.column.max_bytes:
+            spelling = cut_text(spelling, self.column.max_bytes)
+        cell = self._spellings.get(spelling, -1)
+        if cell < 0 and self.column.other and text not in MISSING:
+            return self._cells[self.column.other]
+        return cell
 
     @cached_property
     def _cells(self) -> dict[str, int]:
@@ -167,20 +209,17 @@ def _number_text(value: Any) -> str | None:
     return str(int(value)) if whole else str(value)
 
 
-def _respelled(text: str | None, known: dict[str, int]) -> int:
-    """Cell of a value that no category spells exactly so; -1 if it has none.
+def _spelling(text: str) -> str:
+    """The one spelling of a value that different formats write in several ways.
 
-    One value is written in several ways by different formats: `é` composed or not, `3` as `3.0`
-    where a column has gaps, `true` as `True`.
+    That is `é` composed or not, `3` as `3.0` where a column has gaps, `true` as `True`.
     """
-    if text is None:
-        return -1
     spelling = unicodedata.normalize("NFC", text)
     if spelling in ("True", "TRUE", "False", "FALSE"):
         spelling = spelling.lower()
     elif whole := re.fullmatch(r"(-?[0-9]+)\.0+", spelling):
         spelling = whole[1]
-    return known.get(spelling, -1)
+    return spelling
 
 
 def _numbers(array: pa.Array, where: str) -> NDArray[np.float64]:

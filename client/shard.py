@@ -171,9 +171,15 @@ def _encode(
         table = table.filter(pa.array(keep)) if table.num_columns else table
         user_ids = user_ids[keep]
         images = None if images is None else images[keep]
-    codes = np.empty((len(user_ids), len(schema.columns)), dtype=np.int32)
+    codes = np.empty((len(user_ids), schema.num_codes), dtype=np.int32)
+    word = len(schema.columns)
     for i, coder in enumerate(coders):
-        codes[:, i] = coder.codes(table.column(coder.column.name), where)
+        values = table.column(coder.column.name)
+        if num_words := coder.column.num_words:
+            codes[:, i], codes[:, word : word + num_words] = coder.words(values, where)
+            word += num_words
+        else:
+            codes[:, i] = coder.codes(values, where)
     return Shard(Records(codes, images if schema.image is not None else None), user_ids)
 
 
@@ -181,7 +187,7 @@ def _joined(parts: list[Shard], schema: Schema) -> Shard:
     """Batches of records as one shard."""
     if not parts:
         return Shard(
-            Records(np.empty((0, len(schema.columns)), dtype=np.int32)),
+            Records(np.empty((0, schema.num_codes), dtype=np.int32)),
             np.array([], dtype=np.str_),
         )
     if len(parts) == 1:

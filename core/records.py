@@ -17,7 +17,9 @@ class Records:
 
     Attributes:
       codes: Cell of each table column, `(num_records, num_columns)`, int32, each in
-        `[0, column.num_cells)`.
+        `[0, column.num_cells)`. Under a schema with open columns: `(num_records, num_codes)`, an
+        open number's code as by `core.open_codes`, an open category's 0, or 1 where it is
+        missing, and after all columns the words of the open categories' texts, in their order.
       images: `(num_records, height, width, channels)`, uint8, or `None` without image column.
     """
 
@@ -62,19 +64,19 @@ class BoundedShard:
         What a strategy draws at random for a user must not depend on who else is in the block;
         numbers taken from here do not. They carry no privacy claim.
         """
-        keys = np.full(len(self.records), _mixed(np.uint64(0), *salt))
+        keys = np.full(len(self.records), mixed(np.uint64(0), *salt))
         for column in self.records.codes.T:
-            keys = _mixed(keys, column)
+            keys = mixed(keys, column)
         if self.records.images is not None:
             pixels = self.records.images.reshape(len(keys), -1)
-            weights = _mixed(np.arange(pixels.shape[1], dtype=np.uint64), 1) | np.uint64(1)
+            weights = mixed(np.arange(pixels.shape[1], dtype=np.uint64), 1) | np.uint64(1)
             for start in range(0, len(keys), 1024):  # a few at a time: a pixel takes eight bytes
                 part = slice(start, start + 1024)
-                keys[part] = _mixed(keys[part], pixels[part].astype(np.uint64) @ weights)
+                keys[part] = mixed(keys[part], pixels[part].astype(np.uint64) @ weights)
         total = np.zeros(self.num_users, dtype=np.uint64)
         np.add.at(total, self.user_index, keys)
-        mixed: NDArray[np.uint64] = _mixed(total, 2)
-        return mixed
+        stirred: NDArray[np.uint64] = mixed(total, 2)
+        return stirred
 
     def blocks(self, num_users: int) -> Iterator["BoundedShard"]:
         """The shard in runs of at most `num_users` users; at least one block, even when empty."""
@@ -99,8 +101,8 @@ class BoundedShard:
         )
 
 
-def _mixed(state: Any, *values: Any) -> Any:
-    """`state` stirred with each of `values`, by the finalizer of SplitMix64."""
+def mixed(state: Any, *values: Any) -> Any:
+    """`state` stirred with each of `values`, as 64-bit words, by the finalizer of SplitMix64."""
     with np.errstate(over="ignore"):
         for value in values:
             state = state + np.asarray(value).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)

@@ -30,7 +30,7 @@ OPEN_BINS, MAX_OPEN_BINS = 32, 256
 OPEN_BYTES, MAX_OPEN_BYTES = 24, 64
 _KEYS = {
     *("type", "origin", "categories", "bounds", "num_bins", "missing", "resolution"),
-    *("cuts", "other"),
+    *("cuts", "other", "max_bytes"),
 }
 _INT64 = 2.0**63
 
@@ -55,7 +55,8 @@ class Column:
       cuts: Inner bin edges, `(num_bins - 1,)`; without them bins are of equal width.
       other: The category that every unlisted value counts as; empty: it counts as missing.
       is_open: Its categories or bounds are not public: a run finds them, under its own budget.
-      max_bytes: Of an open category: how much of a value, in UTF-8, tells it from others.
+      max_bytes: How much of a category's value, in UTF-8, tells it from others; 0: all of it. An
+        open category has a limit.
     """
 
     name: str
@@ -146,7 +147,7 @@ class Column:
     @property
     def num_words(self) -> int:
         """Words of text that a record holds for an open category, beside its code."""
-        return -(-self.max_bytes // 4)
+        return -(-self.max_bytes // 4) if self.is_open else 0
 
     @property
     def is_categorical(self) -> bool:
@@ -434,6 +435,7 @@ def _column(name: str, entry: Mapping[str, Any]) -> Column:
         resolution=resolution,
         cuts=tuple(float(cut) for cut in entry.get("cuts", ())),
         other=str(entry.get("other", "")),
+        max_bytes=int(entry.get("max_bytes", 0)),
     )
 
 
