@@ -25,6 +25,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 for _variable in (
     "OMP_NUM_THREADS",
@@ -111,25 +115,19 @@ class Report:
         """State what the figures must show; one that does not hold fails a full run."""
         self._claims.append((sentence, bool(holds)))
 
-    def finish(self) -> int:
+    def finish(self, *, by_case: bool = False) -> int:
         """Print everything, write the JSON, and give the command's exit code.
+
+        Args:
+          by_case: One line a case with a column a metric, rather than one line a figure.
 
         Returns:
           0; or 1 if a claim does not hold in a full run. `--quick` proves no figure.
         """
         from rich.console import Console
-        from rich.table import Table
 
-        table = Table(title=f"{self.benchmark}{' --quick' if self.quick else ''}")
-        for heading in ("case", "metric", "mean", "± std", "n", "unit", "peer"):
-            table.add_column(
-                heading, justify="right" if heading in ("mean", "± std", "n") else "left"
-            )
-        for f in self.figures:
-            spread = f"{f.std:.2g}" if f.n > 1 else ""
-            table.add_row(f.case, f.metric, f"{f.mean:.4g}", spread, str(f.n), f.unit, f.peer or "")
-        console = Console(width=None if sys.stdout.isatty() else 140)
-        console.print(table)
+        console = Console(width=None if sys.stdout.isatty() else 180 if by_case else 140)
+        console.print(self._by_case() if by_case else self._by_figure())
         for line in self._notes:
             console.print(f"note: {line}", highlight=False)
         for sentence, holds in self._claims:
@@ -143,6 +141,44 @@ class Report:
             self._json.write_text(text + "\n", encoding="utf-8")
         failed = not all(holds for _, holds in self._claims)
         return 1 if failed and not self.quick else 0
+
+    def _table(self) -> "Table":
+        """An empty table with its title."""
+        from rich.table import Table
+
+        return Table(title=f"{self.benchmark}{' --quick' if self.quick else ''}")
+
+    def _by_figure(self) -> "Table":
+        """One line a figure."""
+        table = self._table()
+        for heading in ("case", "metric", "mean", "± std", "n", "unit", "peer"):
+            table.add_column(
+                heading, justify="right" if heading in ("mean", "± std", "n") else "left"
+            )
+        for f in self.figures:
+            spread = f"{f.std:.2g}" if f.n > 1 else ""
+            table.add_row(f.case, f.metric, f"{f.mean:.4g}", spread, str(f.n), f.unit, f.peer or "")
+        return table
+
+    def _by_case(self) -> "Table":
+        """One line a case."""
+        metrics = list(dict.fromkeys(f.metric for f in self.figures))
+        table = self._table()
+        table.add_column("case")
+        table.add_column("n", justify="right")
+        for metric in metrics:
+            table.add_column(metric, justify="right")
+        for case in dict.fromkeys(f.case for f in self.figures):
+            mine = {f.metric: f for f in self.figures if f.case == case}
+            cells = [
+                f"{f.mean:.4g}" + (f" ±{f.std:.1g}" if f.n > 1 else "")
+                if (f := mine.get(metric))
+                else ""
+                for metric in metrics
+            ]
+            peers = {f" ({f.peer})" for f in mine.values() if f.peer}
+            table.add_row(case + "".join(peers), str(max(f.n for f in mine.values())), *cells)
+        return table
 
 
 @contextmanager

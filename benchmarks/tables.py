@@ -7,6 +7,7 @@ codebook states are declared here as a plausible range, as an owner's policy wou
 are counted at its ends.
 """
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from fedsynth.core.schema import Column, ImageColumn, Schema
 from fedsynth.core.users import partition_of
 
 _ROOT = Path(__file__).resolve().parent.parent
+_EXAMPLE = _ROOT / "examples" / "diabetes130"
 _RECORD = PrivacyUnit()
 _HELD_OUT = 0.2  # share of a table without users that judges are tested on
 
@@ -59,7 +61,7 @@ def folder() -> Path:
 
 
 def load(name: str, *, quick: bool = False) -> Case:
-    """A case by its name; one of `NAMES`.
+    """A case by its name; one of `TABLES` or `SHIPPED`.
 
     Args:
       name: Which table.
@@ -78,15 +80,8 @@ def load(name: str, *, quick: bool = False) -> Case:
     return Case(case.name, case.schema, case.train.only(few), part, max(case.delta, 1e-5))
 
 
-def adult_coded_whole() -> Case:
-    """Coded Adult, every record in the population, as in the papers; there is nobody to test on."""
-    schema, codes = _adult_coded()
-    shard = _bounded(Shard(Records(codes), np.arange(len(codes)).astype(np.str_)), _RECORD)
-    return Case("adult_coded", schema, shard, Records(codes[:0]), 1e-9)
-
-
-def _adult_coded() -> tuple[Schema, Any]:
-    """Schema and codes of Adult as the AIM and MST papers code it."""
+def _adult_coded() -> Case:
+    """Adult as the AIM and MST papers code it: all records learn, so there is nobody to test on."""
     table = _table("adult_coded")
     domain = json.loads(_file("adult_coded_domain.json").read_text(encoding="utf-8"))
     origin = "public: the coding of the AIM and MST papers"
@@ -98,12 +93,9 @@ def _adult_coded() -> tuple[Schema, Any]:
         for name, size in domain.items()
     ]
     codes = np.column_stack([table[name].to_numpy() for name in domain]).astype(np.int32)
-    return Schema(tuple(columns), target="income>50K"), codes
-
-
-def _adult_coded_split() -> Case:
-    schema, codes = _adult_coded()
-    return _split("adult_coded", schema, Shard(Records(codes), _own_ids(codes)), 1e-9)
+    schema = Schema(tuple(columns), target="income>50K")
+    shard = _bounded(Shard(Records(codes), _own_ids(codes)), _RECORD)
+    return Case("adult_coded", schema, shard, Records(codes[:0]), 1e-9)
 
 
 def _adult() -> Case:
@@ -239,13 +231,24 @@ def _nltcs() -> Case:
 
 
 def _diabetes130() -> Case:
+    """Encounters by patient, all of each patient's; a fifth of the patients to test on."""
+    table = _table("diabetes130")
+    grouped = _make_cut().diagnosis
+    groups = {code: grouped(code) for code in pc.unique(table["diag_1"]).to_pylist()}
+    named = pa.array([groups[code] for code in table["diag_1"].to_pylist()])
+    table = table.append_column("diagnosis", named)
+    schema = Schema.read(_EXAMPLE / "schema.toml")
+    unit = User("patient_nbr", max_records=40)
+    return _split_by_user("diabetes130", schema, encode(table, schema, unit), unit, 1e-6)
+
+
+def _diabetes130_cut() -> Case:
     """The example's cut: 30,000 patients with up to 5 encounters each, 5,000 others to test on."""
-    example = _ROOT / "examples" / "diabetes130"
-    schema = Schema.read(example / "schema.toml")
+    schema = Schema.read(_EXAMPLE / "schema.toml")
     unit = User("patient_nbr", max_records=5)
-    train = read_shard(example / "encounters.parquet", schema, unit)
-    test = read_shard(example / "holdout.parquet", schema, unit)
-    return Case("diabetes130", schema, _bounded(train, unit), test.records, 1e-6)
+    train = read_shard(_EXAMPLE / "encounters.parquet", schema, unit)
+    test = read_shard(_EXAMPLE / "holdout.parquet", schema, unit)
+    return Case("diabetes130_cut", schema, _bounded(train, unit), test.records, 1e-6)
 
 
 def _online_retail() -> Case:
@@ -277,11 +280,7 @@ def _online_retail() -> Case:
         target="lot",
     )
     unit = User("CustomerID", max_records=20)
-    shard = encode(table, schema, unit)
-    held_out = partition_of(shard.user_ids, 5) == 0  # a fifth of the customers
-    train = Shard(_part(shard.records, ~held_out), shard.user_ids[~held_out])
-    test = _part(shard.records, held_out)
-    return Case("online_retail", schema, _bounded(train, unit), test, 1e-5)
+    return _split_by_user("online_retail", schema, encode(table, schema, unit), unit, 1e-5)
 
 
 def _digits() -> Case:
@@ -300,16 +299,18 @@ def _digits() -> Case:
 
 
 _LOADERS: Mapping[str, Callable[[], Case]] = {
-    "adult_coded": _adult_coded_split,
+    "adult_coded": _adult_coded,
     "adult": _adult,
     "acs_national2019": _acs,
     "smoking": _smoking,
     "nltcs": _nltcs,
     "diabetes130": _diabetes130,
     "online_retail": _online_retail,
+    "diabetes130_cut": _diabetes130_cut,
     "digits": _digits,
 }
-NAMES = tuple(_LOADERS)
+SHIPPED = ("diabetes130_cut", "digits")  # at hand everywhere
+TABLES = tuple(name for name in _LOADERS if name not in SHIPPED)
 
 
 def _own_ids(codes: Any) -> Any:
@@ -329,6 +330,23 @@ def _split(name: str, schema: Schema, shard: Shard, delta: float) -> Case:
     train, test = (_part(shard.records, part) for part in (~held_out, held_out))
     kept = Shard(train, shard.user_ids[~held_out])
     return Case(name, schema, _bounded(kept, _RECORD), test, delta)
+
+
+def _split_by_user(name: str, schema: Schema, shard: Shard, unit: User, delta: float) -> Case:
+    """A fixed fifth of the users to test on; the others are the population."""
+    held_out = partition_of(shard.user_ids, 5) == 0
+    train = Shard(_part(shard.records, ~held_out), shard.user_ids[~held_out])
+    return Case(name, schema, _bounded(train, unit), _part(shard.records, held_out), delta)
+
+
+def _make_cut() -> Any:
+    """The example's own script, for its grouping of diagnoses."""
+    spec = importlib.util.spec_from_file_location("make_cut", _EXAMPLE / "make_cut.py")
+    if spec is None or spec.loader is None:
+        raise Missing(f"make_cut.py is not at {_EXAMPLE}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _part(records: Records, part: Any) -> Records:

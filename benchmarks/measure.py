@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure one run of one method on one table, in a process of its own, and keep what was found.
+
+A run is told apart by its table, method, level and seed. `Runs` keeps each as a line of a file as
+soon as it has ended, so that a benchmark which is cut goes on where it was, and parts of it that
+were run apart are one whole once their files are put together, in any order.
+"""
+
+import report  # isort: skip  (first: it holds numpy and torch to one thread)
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tables
+from fedsynth.core import accounting
+from fedsynth.core.errors import ConfigError
+from fedsynth.core.privacy import Budget
+from fedsynth.core.query import NoisySum, Query, Rounds, Strategy
+from fedsynth.core.records import Records
+from fedsynth.core.schema import Schema
+from fedsynth.simulation.direct import direct_run, non_private, prior
+from fedsynth.simulation.quality import quality_of, train_on_synthetic
+from fedsynth.strategies.registry import build_strategy
+
+T = TypeVar("T")
+
+NOISE_ONLY, NO_NOISE = "epsilon=0", "no noise"
+REAL, RECORDS = "real", "records"  # in place of a method and a level: real records of other people
+METRICS = (
+    "1-way TVD",
+    "2-way TVD",
+    "3-way TVD",
+    "CPU-s",
+    "memory MB",
+    "rounds",
+    "kB up",
+    "kB down",
+)
+UNITS = {"CPU-s": "CPU-s", "memory MB": "MB", "kB up": "kB", "kB down": "kB"}
+MOST_RECORDS = 100_000  # synthetic records that are compared
+_TOO_LONG = "no result in"
+QUICK: Mapping[str, Mapping[str, Any]] = {
+    "private_evolution": {"num_rounds": 2},
+    "dp_merf": {"num_steps": 50},
+    "dp_fedavg": {"num_rounds": 3},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be measured.
+
+    Attributes:
+      table: A name that `tables.load` knows.
+      method: A strategy's name, or a peer's.
+      level: `epsilon=...`, or one of the two bounds that need no epsilon of their own.
+      seed: Of the public randomness.
+      judge: Whether to train judges on the synthetic records, which takes long.
+      quick: Whether to take a small part of the table and few rounds.
+      peer: The package that the method comes from; `None`: ours.
+    """
+
+    table: str
+    method: str
+    level: str
+    seed: int
+    judge: bool = False
+    quick: bool = False
+    peer: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What makes it another run."""
+        return (self.table, self.method, self.level, self.seed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was measured.
+
+    Attributes:
+      job: Of what.
+      figures: By metric; empty if it failed.
+      failed: Why there is nothing; empty if there is.
+    """
+
+    job: Job
+    figures: Mapping[str, float] = field(default_factory=dict)
+    failed: str = ""
+
+
+class Runs:
+    """Runs that were measured, the last of each key; in a file too, if one is named."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[tuple[str, str, str, int], Run] = {}
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                entry = json.loads(line)
+                run = Run(Job(**entry["job"]), entry["figures"], entry["failed"])
+                self._known[run.job.key] = run
+
+    def has(self, job: Job) -> bool:
+        """Whether a job need not be measured again."""
+        run = self._known.get(job.key)
+        if run is None or run.job.quick != job.quick:
+            return False
+        if run.failed:
+            return run.failed.startswith(_TOO_LONG)  # what else went wrong may have been mended
+        return run.job.judge or not job.judge
+
+    def add(self, run: Run) -> None:
+        """Keep a run, at once."""
+        self._known[run.job.key] = run
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:  # one write: parts may run at once
+                file.write(json.dumps(asdict(run), allow_nan=False) + "\n")
+
+    def of(self, table: str, method: str, level: str) -> list[Run]:
+        """The runs of one case that have figures, by seed."""
+        found = [r for r in self._known.values() if r.job.key[:3] == (table, method, level)]
+        return sorted((r for r in found if r.figures), key=lambda r: r.job.seed)
+
+    def cases(self, *, quick: bool) -> list[Job]:
+        """One job of each case that has figures."""
+        found = [r.job for r in self._known.values() if r.figures and r.job.quick == quick]
+        return list({job.key[:3]: job for job in found}.values())
+
+    def failures(self, *, quick: bool) -> list[Run]:
+        """Runs that gave nothing."""
+        return [r for r in self._known.values() if r.failed and r.job.quick == quick]
+
+    def values(self, table: str, method: str, level: str, metric: str) -> list[float]:
+        """One metric of the runs of a case, by seed."""
+        return [r.figures[metric] for r in self.of(table, method, level) if metric in r.figures]
+
+
+def add_cases(figures: report.Report, runs: Runs, cases: Iterable[Job]) -> None:
+    """Report the metrics of cases, each over its seeds; and why others have none."""
+    for job in cases:
+        table, method, level, _ = job.key
+        judged = {m for r in runs.of(table, method, level) for m in r.figures if "accuracy" in m}
+        for metric in (*METRICS, *sorted(judged)):
+            if values := runs.values(table, method, level, metric):
+                name = f"{table} {method} {level}"
+                figures.add(name, metric, values, unit=UNITS.get(metric, ""), peer=job.peer)
+    for run in runs.failures(quick=figures.quick):
+        figures.note(f"{' '.join(map(str, run.job.key))}: {run.failed}")
+
+
+def measure_all(
+    jobs: Sequence[Job], runs: Runs, one: Callable[[Job], Run], *, at_once: int
+) -> None:
+    """Run every job and keep what it gives, some at a time; say so on the error stream."""
+    with ThreadPoolExecutor(at_once) as pool:  # each job is a process; a thread waits for it
+        for number, run in enumerate(pool.map(one, jobs), 1):
+            runs.add(run)
+            said = run.failed or f"{run.figures.get('CPU-s', 0.0):.3g} CPU-s"
+            print(
+                f"{number}/{len(jobs)} {' '.join(map(str, run.job.key))}: {said}", file=sys.stderr
+            )
+
+
+def measured(job: Job, *, limit_s: float) -> Run:
+    """A run of one of our own methods, in a process of its own.
+
+    Its CPU-seconds are those of learning and sampling; its memory is the most that the process
+    held until then, the table and all imports included.
+    """
+    try:
+        return Run(job, in_own_process(_measured, job, limit_s=limit_s))
+    except OverTime:
+        return Run(job, failed=f"{_TOO_LONG} {limit_s:g} s")
+    except Failed as failed:
+        return Run(job, failed=str(failed))
+
+
+class OverTime(Exception):
+    """A process that was ended for taking too long."""
+
+
+class Failed(Exception):
+    """A process that ended without a result; its message is the last line of its error."""
+
+
+def in_own_process(function: Callable[..., T], *args: Any, limit_s: float) -> T:
+    """What a function of a module gives, called in a fresh process that has the imports ready.
+
+    Raises:
+      OverTime: It took longer than `limit_s`, and was ended.
+      Failed: It raised, or its process died.
+    """
+    context = _context()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, function, args))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(limit_s):
+            raise OverTime
+        try:
+            kind, value = ours.recv()
+        except EOFError:
+            process.join()
+            raise Failed(f"its process died with code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+    if kind == "failed":
+        raise Failed(value)
+    result: T = value
+    return result
+
+
+def _context() -> Any:
+    """Processes forked from a clean one that has imported this file, so that each starts alike."""
+    context = multiprocessing.get_context("forkserver")
+    here = str(Path(__file__).resolve().parent)
+    if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+    context.set_forkserver_preload(["measure"])
+    return context
+
+
+def _send(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """What the child does."""
+    try:
+        pipe.send(("done", function(*args)))
+    except Exception as error:  # noqa: BLE001  (whatever it was, the benchmark goes on and says so)
+        if not isinstance(error, ConfigError):
+            traceback.print_exc(file=sys.stderr)
+        pipe.send(("failed", f"{type(error).__name__}: {error}".splitlines()[0][:300]))
+    pipe.close()
+
+
+def _measured(job: Job) -> dict[str, float]:
+    """Learn, sample, and compare with the real records."""
+    case = tables.load(job.table, quick=job.quick)
+    if job.method == REAL:
+        return _real(case, judge=job.judge)
+    strategy = build_strategy(job.method, settings_of(job.method, case, quick=job.quick))
+    rng = np.random.default_rng([job.seed, 1])
+    dial = 1.0 if job.level == NO_NOISE else dial_of(strategy, case, _epsilon(job.level))
+    tally = Tally()
+    counted: Any = Counted(strategy, tally)
+    with report.cpu_timer() as spent:
+        if job.level == NO_NOISE:
+            synthesizer = non_private(counted, case.schema, case.train, rng)
+        elif job.level == NOISE_ONLY:
+            synthesizer = prior(counted, case.schema, dial, rng)
+        else:
+            synthesizer = direct_run(counted, case.schema, case.train, dial, rng=rng)
+        records = synthesizer.sample(min(MOST_RECORDS, len(case.train.records)), rng)
+    cost = {
+        "CPU-s": spent[0],
+        "memory MB": report.peak_rss_bytes() / 1e6,
+        "rounds": float(tally.rounds),
+        "kB up": tally.bytes_up / 1e3,
+        "kB down": tally.bytes_down / 1e3,
+        "only sums": float(tally.only_sums),
+    }
+    return distances(case, records, judge=job.judge) | cost
+
+
+def distances(case: tables.Case, records: Records, *, judge: bool = False) -> dict[str, float]:
+    """Total variation of all columns and pairs and of a fixed choice of threes, and accuracies."""
+    test = case.test if judge and len(case.test) else None
+    quality = quality_of(case.train.records, records, case.schema, test=test)
+    found = {f"{order}-way TVD": value for order, value in quality.total_variation.items()}
+    for name, accuracy in quality.accuracy.items():
+        found[f"accuracy, {name}"] = accuracy.synthetic
+    return found
+
+
+def _real(case: tables.Case, *, judge: bool) -> dict[str, float]:
+    """How far off real records of other people are, and how good judges that saw the real ones."""
+    if not len(case.test):
+        raise ConfigError("every record is in the population; nobody is left to compare with")
+    found = distances(case, case.test)
+    if judge and case.schema.target is not None:
+        judges = train_on_synthetic(
+            case.test, case.train.records, case.schema, target=case.schema.target
+        )
+        for name, accuracy in judges.items():
+            found[f"accuracy, {name}"] = accuracy.synthetic
+            found["accuracy, commonest class"] = accuracy.majority
+    return found
+
+
+def settings_of(method: str, case: tables.Case, *, quick: bool = False) -> dict[str, Any]:
+    """What differs from a method's defaults: what its author would set for the table."""
+    fields = {f.name for f in dataclasses.fields(build_strategy(method, {}))}  # type: ignore[arg-type]
+    num_users = case.train.num_users
+    settings: dict[str, Any] = {}
+    if "max_norm" in fields and case.train.max_records > 1:
+        # several records a user call for a larger norm; 3 was chosen by looking at diabetes130,
+        # so its figures flatter a little
+        settings["max_norm"] = 3.0
+    if "num_users" in fields:
+        settings["num_users"] = num_users
+        if "sampling_prob" in fields:  # cohorts of about 300 users, whatever the table
+            settings["sampling_prob"] = min(0.2, round(300 / num_users, 4))
+    return settings | dict(QUICK.get(method, {}) if quick else {})
+
+
+def dial_of(strategy: Strategy, case: tables.Case, epsilon: float) -> float:
+    """The noise multiplier that an epsilon calls for."""
+    return accounting.calibrate(
+        lambda noise: strategy.event(case.schema, noise), Budget(epsilon, case.delta)
+    )
+
+
+def _epsilon(level: str) -> float:
+    """The epsilon that a level is priced at; pure noise is that of epsilon 1."""
+    return float(level.removeprefix("epsilon=")) or 1.0
+
+
+@dataclass
+class Tally:
+    """What a run sent: filled as it goes.
+
+    Attributes:
+      rounds: Questions that were asked.
+      bytes_up: Numbers that each client sends back in all, eight bytes each.
+      bytes_down: Arrays that each client is sent in all.
+      only_sums: Whether every question was a clipped, noised sum.
+    """
+
+    rounds: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    only_sums: bool = True
+
+    def add(self, query: Query) -> None:
+        """Count a question."""
+        self.rounds += 1
+        self.bytes_up += 8 * query.dim
+        self.bytes_down += sum(array.nbytes for array in query.inputs.values())
+        self.only_sums = self.only_sums and type(query) is Query
+
+
+class Counted:
+    """A strategy that counts what it asks, and is otherwise as it was."""
+
+    def __init__(self, strategy: Strategy, tally: Tally) -> None:
+        self._strategy, self._tally = strategy, tally
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._strategy, name)
+
+    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
+        """The strategy's rounds."""
+        inner = self._strategy.rounds(schema, noise_multiplier, rng)
+        answer: NoisySum | None = None
+        while True:
+            try:
+                query = next(inner) if answer is None else inner.send(answer)
+            except StopIteration as end:
+                return end.value
+            self._tally.add(query)
+            answer = yield query
