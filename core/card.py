@@ -63,6 +63,7 @@ class CardRound:
       sampling_prob: Probability with which each user answered.
       state: `sealed`, or `void`: charged, and nothing came of it.
       num_clients: Clients whose sums are in it; 0 for a void round.
+      chooses: Candidates that were chosen in private, instead of a sum; 0: it is a sum.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -74,6 +75,7 @@ class CardRound:
     sampling_prob: float
     state: State
     num_clients: int
+    chooses: int = 0
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ class Card:
             columns=[*self.schema.columns, *([self.schema.image] if self.schema.image else [])],
             aggregator=self.aggregator
             + (f" {_text(self.aggregator_settings)}" if self.aggregator_settings else ""),
+            counted=_counted(self),
             domain=_domain,
             epsilon=_up(self.epsilon),
             twice=_up(2 * self.epsilon),
@@ -240,6 +243,7 @@ class Card:
             relation=_RELATION[self.unit.relation],
             single=self.unit.level == "record",
             trust=_TRUST[self.placement],
+            choices=[r.round for r in self.rounds if r.chooses],
             void=[r.round for r in self.rounds if r.state == "void"],
             worst=_percent(accounting.largest_odds(self.epsilon)),
             year=self.created[:4],
@@ -302,12 +306,48 @@ def _domain(column: Column | ImageColumn) -> str:
     if isinstance(column, ImageColumn):
         return "uint8 pixels, " + " x ".join(str(side) for side in column.shape)
     if column.bounds is not None:
-        cells = f"{column.bounds[0]:g} to {column.bounds[1]:g} in {column.num_bins} cells"
+        low, high = (column.spelled(bound) for bound in column.bounds)
+        cells = f"{low} to {high} in {column.num_bins} cells"
     else:
         shown = ", ".join(column.categories[:4])
         more = len(column.categories) - 4
         cells = shown if more <= 0 else f"{shown} and {more} more"
+        cells += ", in this order" if column.is_ordered else ""
     return cells + ("; missing" if column.missing else "")
+
+
+def _counted(card: Card) -> list[str]:
+    """Whom the method's tables count, and how a user's part was bounded; nothing if it is unsaid.
+
+    Read from the settings that strategies of marginals share (`strategies/parts/measuring.py`).
+    """
+    settings, weight = card.settings, card.settings.get("weight")
+    if weight == "user":
+        return [
+            "It counts every user equally: a user's records were averaged, so each of many records"
+            " weighs less than an only one. It describes a record drawn at random from a user"
+            " drawn at random, not the table of records.",
+            "Nothing was clipped: a mean of records is never longer than one record.",
+        ]
+    if weight != "record":
+        return []
+    if card.unit.level == "record":
+        lines = ["It counts every record equally; each record stands for itself."]
+    else:
+        lines = [
+            "It counts every record equally, but for what the clip takes: a user whose records"
+            " together are longer than the bound counts with all of them, scaled down. Users with"
+            " many records are therefore somewhat underrepresented."
+        ]
+    quantile, bound = settings.get("norm_quantile"), settings.get("max_norm")
+    measured = f"was measured in the first sum, with a share of {settings.get('norm_share')} of the"
+    if quantile is not None:
+        source = f"{measured} budget: what a share of {quantile} of all users stays below"
+    elif bound == "auto":
+        source = f"{measured} budget: what clip and noise together were expected to err least at"
+    else:
+        source = f"was declared: {bound} times the length of one record"
+    return [*lines, f"The bound of a user's part (max_norm) {source}."]
 
 
 def _sampling(card: Card) -> list[str]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Independent columns: measure every column's histogram once, sample each column by itself."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -10,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import ConfigError
-from ..core.query import Contribution, Query, Rounds, Strategy
+from ..core.query import Contribution, Query, Rounds
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
 from .parts.histograms import norm_clip
+from .parts.measuring import MarginalStrategy
 from .parts.rounding import rounded_cells
 from .parts.simplex import pooled_total, to_simplex
 
@@ -23,40 +23,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Independent(Strategy):
+class Independent(MarginalStrategy):
     """One query: the histograms of all columns, laid end to end.
-
-    Attributes:
-      max_norm: L2 bound of a user, in units of one record's norm. 1 fits users with one record;
-        a user with more keeps the direction of all of them, scaled down.
 
     Privacy:
       A record lights one cell in each of K columns, so it has the norm sqrt(K). A user's records
       are summed and clipped at `max_norm * sqrt(K)`.
     """
 
-    max_norm: float = 1.0
     name: ClassVar[str] = "independent"
+    norm_ways: ClassVar[int] = 1
 
-    def __post_init__(self) -> None:
-        """Refuse a bound that is not above 0."""
-        if not 0 < self.max_norm < math.inf:
-            raise ConfigError(f"max_norm must be a number above 0, not {self.max_norm!r}")
+    def check(self) -> None:
+        """There is nothing else to set."""
 
-    def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
+    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
         """One Gaussian sum."""
         from ..core.accounting import single_event
 
         tables_only(schema, self.name)
         return single_event(noise_multiplier)
 
-    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
+    def learn(
+        self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
+    ) -> Rounds:
         """Ask once, bring each histogram to the simplex."""
         tables_only(schema, self.name)
         noisy = yield Query(
             "histograms",
             dim=schema.num_cells,
-            clip=norm_clip(np.ones(len(schema.columns)), self.max_norm),
+            clip=norm_clip(np.ones(len(schema.columns)), max_norm),
             noise_multiplier=noise_multiplier,
             inputs={"offsets": schema.offsets[:-1]},
             cells=True,
@@ -66,7 +62,7 @@ class Independent(Strategy):
         probs = [to_simplex(counts, total) for counts in histograms]
         return Columns(schema, tuple(p / p.sum() for p in probs))
 
-    def answer(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
+    def count(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
         """The cell of each record in each column."""
         cells = shard.records.codes + query.inputs["offsets"]
         return Contribution.cells(cells, shard.user_index, num_users=shard.num_users)

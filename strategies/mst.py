@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import ConfigError
-from ..core.query import Contribution, Query, Rounds, Strategy
+from ..core.query import Contribution, Query, Rounds
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
@@ -19,8 +19,9 @@ from .independent import split_probs, tables_only
 from .parts.coarsen import coarsen
 from .parts.denoise import shrink
 from .parts.forest import best_forest
-from .parts.histograms import Grid, Histograms, Measured, cells_of
-from .parts.tree_model import Link, TreeModel, columns_of, fit, scaled, total_of
+from .parts.histograms import Grid, Histograms, Measured, cells_of, total_of
+from .parts.measuring import MarginalStrategy
+from .parts.tree_model import Link, TreeModel, columns_of, fit, scaled
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
@@ -32,7 +33,7 @@ _FITTINGS = 8  # proportional fittings of a coarse table to its columns
 
 
 @dataclass(frozen=True)
-class Mst(Strategy):
+class Mst(MarginalStrategy):
     """A tree of pairs, found and measured in three rounds of sums.
 
     1. ``columns``: the histogram of every column.
@@ -52,7 +53,6 @@ class Mst(Strategy):
       select_cells: Most cells of a column in the second round.
       pair_cells: Most cells of a column in the third; rarer cells are merged, and told apart
         again by the column's own histogram.
-      max_norm: L2 bound of a user, in units of one record's norm. 1 fits users with one record.
 
     Privacy:
       In each query a record lights one cell in each histogram, at a height that the query sets.
@@ -67,10 +67,9 @@ class Mst(Strategy):
     select_share: float = 0.2
     select_cells: int = 12
     pair_cells: int = 32
-    max_norm: float = 1.0
     name: ClassVar[str] = "mst"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse settings that cannot mean anything."""
         shares = (self.column_share, self.select_share)
         if not (min(shares) > 0 and sum(shares) < 1):
@@ -83,35 +82,35 @@ class Mst(Strategy):
                 "select_cells and pair_cells must be 2 or more,"
                 f" not {self.select_cells!r} and {self.pair_cells!r}"
             )
-        if not 0 < self.max_norm < math.inf:
-            raise ConfigError(f"max_norm must be a number above 0, not {self.max_norm!r}")
 
-    def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
+    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
         """Three Gaussian sums; one if there is a single column."""
         from ..core.accounting import compose, single_event
 
         tables_only(schema, self.name)
         return compose(single_event(noise) for noise in self._noise(schema, noise_multiplier))
 
-    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
+    def learn(
+        self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
+    ) -> Rounds:
         """Measure columns, choose the tree, measure the tree."""
         tables_only(schema, self.name)
         noise = self._noise(schema, noise_multiplier)
         shape = schema.shape
-        bins = {i: c.num_bins for i, c in enumerate(schema.columns) if c.kind != "category"}
+        bins = {i: c.num_ordered_cells for i, c in enumerate(schema.columns) if c.is_ordered}
 
         whole = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
         alone = Histograms.balanced([(grid,) for grid in whole])
-        noisy = yield alone.query("columns", noise_multiplier=noise[0], max_norm=self.max_norm)
+        noisy = yield alone.query("columns", noise_multiplier=noise[0], max_norm=max_norm)
         measured = alone.measured(noisy)
         if len(shape) == 1:
             return Tree(schema, fit(shape, measured, (), bins=bins))
 
         counts = columns_of(shape, measured, total_of(measured), bins)
-        cells = self._coarse_cells(len(shape), total_of(measured), noise[1])
+        cells = self._coarse_cells(len(shape), total_of(measured), noise[1] * max_norm)
         grids = [Grid(i, coarsen(column, cells)) for i, column in enumerate(counts)]
         pairs = Histograms.balanced(list(combinations(grids, 2)))
-        noisy = yield pairs.query("pairs", noise_multiplier=noise[1], max_norm=self.max_norm)
+        noisy = yield pairs.query("pairs", noise_multiplier=noise[1], max_norm=max_norm)
         coarse = pairs.measured(noisy)
 
         total = total_of([*measured, *coarse])
@@ -123,11 +122,11 @@ class Mst(Strategy):
             [*((grids[a], grids[b]) for a, b in edges)]
             + [(grid,) for grid in whole if grid.column not in linked]
         )
-        noisy = yield tree.query("tree", noise_multiplier=noise[2], max_norm=self.max_norm)
+        noisy = yield tree.query("tree", noise_multiplier=noise[2], max_norm=max_norm)
         measured = [*measured, *coarse, *tree.measured(noisy)]
         return Tree(schema, fit(shape, measured, edges, bins=bins))
 
-    def answer(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
+    def count(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
         """The cell of each record in each histogram asked for."""
         return cells_of(query, shard)
 
@@ -142,7 +141,7 @@ class Mst(Strategy):
 
     def _coarse_cells(self, num_columns: int, total: float, noise_multiplier: float) -> int:
         """Cells of a column in the second round, such that a mean cell clears the noise."""
-        stddev = noise_multiplier * self.max_norm * math.sqrt(math.comb(num_columns, 2))
+        stddev = noise_multiplier * math.sqrt(math.comb(num_columns, 2))
         clear = math.isqrt(int(min(total / (_CLEAR * stddev), self.select_cells**2)))
         return min(max(clear, _FEWEST_CELLS), self.select_cells)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ...core.errors import ConfigError
 from ...core.query import Contribution, NoisySum, Query
 from ...core.records import BoundedShard
+from .simplex import pooled_total
 
 _HEIGHT_STEPS = 1024  # heights are whole multiples of 1 / 1024: exact on every query's lattice
 
@@ -42,6 +43,11 @@ class Grid:
     def size(self) -> int:
         """Number of groups."""
         return int(self.groups.max()) + 1
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether every cell stands on its own, in order."""
+        return bool((self.groups == np.arange(len(self.groups))).all())
 
     def merge(self, cells: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sums by group, `(size,)`, of numbers by cell."""
@@ -132,6 +138,11 @@ class Histograms:
             Measured(grids, part.reshape([g.size for g in grids]) / height, noisy.stddev / height)
             for grids, part, height in zip(self.members, parts, self.heights.tolist(), strict=True)
         ]
+
+
+def total_of(measured: Sequence[Measured]) -> float:
+    """The number of records that the tables agree on; 0.0 if it is lost in noise."""
+    return pooled_total((m.counts, m.stddev) for m in measured)
 
 
 def norm_clip(heights: NDArray[np.float64], max_norm: float) -> float:

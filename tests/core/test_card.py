@@ -244,3 +244,47 @@ def test_the_code_digest_covers_every_source_file_and_nothing_else(tmp_path: Pat
     with (copy / "core" / "mechanism.py").open("a") as file:
         file.write("# changed\n")
     assert digest() != code_digest()
+
+
+SHARED = {"max_norm": 2.5, "norm_quantile": None, "norm_share": 0.02, "weight": "record"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "unsaid"),
+    [
+        ({}, ["every record equally", "declared: 2.5 times"], ["every user", "measured"]),
+        (
+            {"max_norm": "auto"},
+            ["measured in the first sum, with a share of 0.02 of the budget"],
+            ["declared:"],
+        ),
+        (
+            {"max_norm": 1.0, "norm_quantile": 0.9, "norm_share": 0.01},
+            ["with a share of 0.01 of the budget", "share of 0.9 of all users"],
+            ["declared:"],
+        ),
+        (
+            {"max_norm": 1.0, "weight": "user"},
+            ["every user equally", "Nothing was clipped"],
+            ["every record", "max_norm) was"],
+        ),
+    ],
+)
+def test_a_card_says_whom_it_counts_and_where_the_clip_came_from(settings, said, unsaid):
+    text = card(settings=SHARED | settings).to_markdown().replace("\\_", "_")
+
+    section = text.split("## What it describes")[1].split("\n## ")[0]
+    assert all(words in section for words in said)
+    assert not any(words in section for words in unsaid)
+
+
+def test_a_card_of_records_promises_no_user_and_speaks_of_none():
+    text = card(settings=SHARED, unit=PrivacyUnit()).to_markdown()
+
+    section = text.split("## What it describes")[1].split("\n## ")[0]
+    assert "each record stands for itself" in section
+    assert "many records" not in section
+
+
+def test_a_card_of_a_method_without_tables_leaves_out_whom_they_count():
+    assert "## What it describes" not in card().to_markdown()
