@@ -18,6 +18,8 @@ from .rounding import spread
 
 Table = NDArray[np.float64]
 
+_LEAST = 1e-280  # of a sum; below it a quotient may overflow
+
 
 @dataclass(frozen=True, eq=False)
 class GraphModel:
@@ -121,7 +123,7 @@ class GraphModel:
         return tuple(c for c in self.tree.cliques[one] if c in self.tree.cliques[other])
 
     @cached_property
-    def _steps(self) -> dict[tuple[int, int, Clique], Table]:
+    def _steps(self) -> dict[tuple[int, Clique, Clique], Table]:
         """Conditionals that `_step` has formed."""
         return {}
 
@@ -192,9 +194,9 @@ class GraphModel:
         letters = {c: chr(98 + i) for i, c in enumerate((*given, *new))}
         left = "a" + "".join(letters[c] for c in given)
         right = "".join(letters[c] for c in (*given, *new))
-        return np.einsum(
-            f"{left},{right}->a{''.join(letters[c] for c in shared)}", carried, step, optimize=True
-        )
+        kept = "".join(letters[c] for c in shared)
+        passed: Table = np.einsum(f"{left},{right}->a{kept}", carried, step, optimize=True)
+        return passed
 
     def _joint(self, wanted: Clique) -> Table:
         """Joint of any sorted columns, by passing tables from the leaves to the first clique."""
@@ -241,8 +243,9 @@ def _product(first: Clique, left: Table, second: Clique, right: Table) -> tuple[
 
 
 def ratio(over: Table, under: Table) -> Table:
-    """`over / under`, zero where `under` is."""
-    return np.divide(over, under, out=np.zeros_like(over), where=under > 0)
+    """`over / under`, zero where `under` is none or so little that it is rounding."""
+    found: Table = np.divide(over, under, out=np.zeros_like(over), where=under > _LEAST)
+    return found
 
 
 def sums_onto(table: Table, columns: Clique, wanted: Iterable[Clique]) -> Mapping[Clique, Table]:
@@ -280,4 +283,5 @@ def sum_out(table: Table, axis: int) -> Table:
         return (table.reshape(before, size) @ ones).reshape(rest)
     if before == 1:
         return (ones @ table.reshape(size, after)).reshape(rest)
-    return np.matmul(ones, table.reshape(before, size, after)).reshape(rest)
+    sums: Table = np.matmul(ones, table.reshape(before, size, after)).reshape(rest)
+    return sums
