@@ -25,7 +25,7 @@ import numpy as np
 
 from ..core.errors import ClientCode, ConfigError, FedsynthError, SecurityRefusal
 from ..core.privacy import Budget, NoisePlacement
-from ..core.wire import Ask, canonical
+from ..core.wire import Ask, canonical, told
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
@@ -214,7 +214,9 @@ class Odometer:
             )
             if counted.rowcount != 1:
                 return ClientCode.OUTSIDE_PLAN
-            noise_here = ask.placement is not NoisePlacement.CENTRAL
+            choice = ask.query.choice
+            drawn_here = choice is not None and choice.where == "client"
+            noise_here = drawn_here or ask.placement is not NoisePlacement.CENTRAL
             db.execute(
                 "INSERT INTO questions (client, run, round, attempt, digest, noise_here)"
                 " VALUES (?, ?, ?, ?, ?, ?)",
@@ -398,7 +400,8 @@ _open_stores: WeakValueDictionary[tuple[int, Path], _Store] = WeakValueDictionar
 def digest_of(ask: Ask) -> str:
     """SHA-256 of all that a question says, its arrays included; the ledger's head is not in it."""
     query = ask.query
-    inputs = {name: np.ascontiguousarray(array) for name, array in sorted(query.inputs.items())}
+    arrays = dict(query.inputs) | {f"choice {k}": v for k, v in told(query.choice).items()}
+    inputs = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
     said = {
         **_terms(ask),
         "run": ask.run,
@@ -412,6 +415,7 @@ def digest_of(ask: Ask) -> str:
         "noise_multiplier": float(query.noise_multiplier),
         "sampling_prob": float(query.sampling_prob),
         "cells": query.cells,
+        "choice": None if query.choice is None else [query.choice.where, query.choice.count],
         "inputs": [[name, a.dtype.str, list(a.shape)] for name, a in inputs.items()],
     }
     whole = hashlib.sha256(canonical(said).encode())

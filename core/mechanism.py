@@ -2,7 +2,8 @@
 """Clip each user's vector onto an integer lattice, sum exactly, add lattice noise.
 
 The whole privacy claim of a sum stands here: whatever a strategy hands over, each user moves
-the integer sum by at most `Lattice.bound` in L2, and noise is scaled to that.
+the integer sum by at most `Lattice.bound` in L2, and noise is scaled to that. For a query that
+asks a choice the same bound holds for the L1 norm of the user's part in every block.
 """
 
 import math
@@ -27,7 +28,8 @@ class Lattice:
 
     Attributes:
       unit: Width of one step, in the vectors' own unit; a power of two, so counts are exact.
-      bound: L2 bound of a user's integer vector, `clip / unit`.
+      bound: Bound of a user's integer vector, `clip / unit`: of its L2 norm, or, for a choice, of
+        its L1 norm in each block.
     """
 
     unit: float
@@ -56,8 +58,9 @@ def clipped_sum(
 
     Privacy:
       Adding or removing one user of the block changes the result by at most
-      `Lattice.of(query).bound` in L2. A user whose vector is not finite or names a cell out of
-      range counts as zeros; a contribution of the wrong shape counts as zeros altogether.
+      `Lattice.of(query).bound` in L2; for a choice, in the L1 norm of every block of it. A user
+      whose vector is not finite or names a cell out of range counts as zeros; a contribution of
+      the wrong shape counts as zeros altogether.
     """
     if num_users is not None and contribution.num_users != num_users:
         return np.zeros(query.dim, dtype=np.int64)
@@ -106,7 +109,10 @@ def _dense_sum(rows: NDArray[Any], num_users: int, query: Query) -> NDArray[np.i
     for start in range(0, num_users, size):
         part = steps[: min(size, num_users - start)]
         part[:] = rows[start : start + size]
-        _to_lattice(part, query.clip, lattice)
+        if query.choice is None:
+            _to_lattice(part, query.clip, lattice)
+        else:
+            _blocks_to_lattice(part, query.choice.starts, query.clip, lattice)
         exact += part[0] if len(part) == 1 else part.sum(axis=0)
     return exact.astype(np.int64)
 
@@ -139,6 +145,31 @@ def _tame(row: NDArray[np.float64], clip: float) -> float:
     return clip * _SHRINK
 
 
+def _blocks_to_lattice(
+    rows: NDArray[np.float64], starts: NDArray[np.int64], clip: float, lattice: Lattice
+) -> None:
+    """Clip each block of each of `rows` in L1 and round it to whole lattice steps, in place."""
+    first, sizes = starts[:-1], np.diff(starts)
+    rows[~np.isfinite(rows).all(axis=1)] = 0.0
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        norms = np.add.reduceat(np.abs(rows), first, axis=1)
+        if not (norms <= 1e15 * clip).all():
+            largest = np.maximum.reduceat(np.abs(rows), first, axis=1)
+            tamed = np.where(norms <= 1e15 * clip, 1.0, clip / np.maximum(largest, clip))
+            rows *= np.repeat(tamed, sizes, axis=1)  # no cell is above the clip, one is equal to it
+            norms = np.add.reduceat(np.abs(rows), first, axis=1)
+        scale = np.where(norms > clip, clip * _SHRINK / np.maximum(norms, clip), 1.0)
+        rows *= np.repeat(scale / lattice.unit, sizes, axis=1)
+        np.rint(rows, out=rows)
+        steps = np.add.reduceat(np.abs(rows), first, axis=1)  # of integers: exact below 2^53
+        over = ~(steps <= lattice.bound)
+        if over.any():  # rounding took a block that just fitted over the bound: towards zero
+            pull = np.where(over, lattice.bound * _SHRINK / np.maximum(steps, 1.0), 1.0)
+            np.trunc(rows * np.repeat(pull, sizes, axis=1), out=rows)
+            steps = np.add.reduceat(np.abs(rows), first, axis=1)
+            rows[np.repeat(~(steps <= lattice.bound), sizes, axis=1)] = 0.0
+
+
 def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
     """`clipped_sum` of counted cells; never forms a dense row."""
     total = np.zeros(query.dim, dtype=np.int64)
@@ -159,6 +190,7 @@ def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
     ):
         return total
     lattice = Lattice.of(query)
+    blocks = None if query.choice is None else query.choice.starts
     with np.errstate(over="ignore", invalid="ignore"):
         heights = np.clip(weights / lattice.unit, -(2.0**40), 2.0**40)
     step = max(1, _SLICE // max(1, cells.shape[1]))
@@ -171,7 +203,7 @@ def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
         if first + step >= len(users):
             last = len(users)
         part = None if scales is None else scales[first:last]
-        _add_cells(total, cells[first:last], users[first:last], heights, part, lattice)
+        _add_cells(total, cells[first:last], users[first:last], heights, part, lattice, blocks)
         first = last
     return total
 
@@ -193,8 +225,9 @@ def _add_cells(
     heights: NDArray[np.float64],
     scales: NDArray[np.float64] | None,
     lattice: Lattice,
+    blocks: NDArray[np.int64] | None,
 ) -> None:
-    """Add a slice of whole users to `total`."""
+    """Add a slice of whole users to `total`; `blocks` are the starts of a choice's blocks."""
     dim = len(total)
     if scales is not None and scales.ndim == 1:
         scales = scales[:, None]
@@ -215,7 +248,12 @@ def _add_cells(
     if scales is not None:
         simple &= (scales == 1.0).all(axis=1)
     whole = np.rint(heights)
-    if not float(whole @ whole) <= lattice.bound**2:
+    if blocks is None:
+        fits = float(whole @ whole) <= lattice.bound**2
+    else:
+        tallest = max(np.abs(heights).max(initial=0), np.abs(whole).max(initial=0))
+        fits = tallest <= lattice.bound and _one_a_block(cells, blocks)
+    if not fits:
         simple[:] = False
     picked = cells[simple]
     for column, height in enumerate(whole if len(picked) else ()):
@@ -231,9 +269,15 @@ def _add_cells(
             lit = np.clip(heights * scales[~simple], -(2.0**40), 2.0**40)
     _, local = np.unique(users, return_inverse=True)
     keys, inverse = np.unique(local[:, None] * dim + cells, return_inverse=True)
-    values = np.bincount(inverse.ravel(), weights=lit.ravel(), minlength=len(keys))
+    heights_by_key = np.bincount(inverse.ravel(), weights=lit.ravel(), minlength=len(keys))
+    values = heights_by_key.astype(np.float64)
     owner, cell = keys // dim, keys % dim
-    steps = _clipped_values(values, owner, lattice)
+    if blocks is None:
+        steps = _clipped_values(values, owner, lattice)
+    else:
+        place = owner * len(blocks) + np.searchsorted(blocks, cell, side="right")
+        _, group = np.unique(place, return_inverse=True)
+        steps = _clipped_in_l1(values, group.ravel(), lattice)
     np.add.at(total, cell, steps.astype(np.int64))
 
 
@@ -250,4 +294,27 @@ def _clipped_values(
         steps = np.where(beyond[owner], np.trunc(values * scale[owner] * _SHRINK), steps)
         still = ~(np.bincount(owner, weights=steps * steps) <= lattice.bound**2)
         steps = np.where(still[owner], 0.0, steps)
+    return steps
+
+
+def _one_a_block(cells: NDArray[np.int64], blocks: NDArray[np.int64]) -> bool:
+    """Whether each column of `cells` stays in one block, which no other column enters."""
+    low = np.searchsorted(blocks, cells.min(axis=0), side="right")
+    high = np.searchsorted(blocks, cells.max(axis=0), side="right")
+    return bool((low == high).all()) and len(np.unique(low)) == len(low)
+
+
+def _clipped_in_l1(
+    values: NDArray[np.float64], group: NDArray[np.int64], lattice: Lattice
+) -> NDArray[np.float64]:
+    """Nonzero values of each group, one user's part in one block, clipped to the bound in L1."""
+    norms = np.bincount(group, weights=np.abs(values))
+    over = norms > lattice.bound
+    scale = np.where(over, lattice.bound * _SHRINK / np.maximum(norms, lattice.bound), 1.0)
+    steps = np.rint(values * scale[group])
+    beyond = ~(np.bincount(group, weights=np.abs(steps)) <= lattice.bound)
+    if beyond.any():
+        steps = np.where(beyond[group], np.trunc(values * scale[group] * _SHRINK), steps)
+        still = ~(np.bincount(group, weights=np.abs(steps)) <= lattice.bound)
+        steps = np.where(still[group], 0.0, steps)
     return steps

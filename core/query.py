@@ -3,9 +3,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,26 +19,139 @@ if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
 MAX_DIM = 100_000_000  # a sum of this length is 0.8 GB; a client keeps it in one SQLite row
+_HUGE = 1e30  # beyond any number that a score may be made of
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Turns a query's answer into which of its candidates lie farthest from an estimate.
+
+    The vector of a query that asks a choice is cut into blocks, one a candidate (and then, where
+    `against` names them, blocks that are only compared with). The score of candidate r is::
+
+        weights[r] * (distance[r] - mean of distance[against[r]] - penalties[r])
+
+    where a distance is the L1 norm of a block's sum over all users less its `estimates`. `count`
+    different candidates are drawn by the exponential mechanism, and only which ones is told.
+
+    Attributes:
+      starts: Where each block begins and, last, the vector's length, `(num_blocks + 1,)`, int64.
+      estimates: What is publicly thought of the sum, `(dim,)`, in the vectors' own unit. Empty
+        at the clients of a choice at the server, which need not know.
+      penalties: What is taken off each candidate's distance, `(num_candidates,)`.
+      weights: Worth of each candidate's distance, `(num_candidates,)`; > 0.
+      against: Blocks whose distance is held against each candidate's, `(num_candidates, any)`,
+        int64; -1: none. Those of one candidate may not be its own.
+      count: How many are drawn.
+      where: `"server"`: the server forms the exact sum of all clients and draws. It is trusted
+        with that sum, so such a choice is answered under `central` noise only. `"client"`: each
+        client draws by its own sum, and the answer counts how many clients drew each candidate.
+
+    Privacy:
+      `Query.clip` then bounds the L1 norm of each user's part in every block, so one user moves
+      each score by at most `weight * clip`, or twice that where blocks are held against it. See
+      `core/choice.py` for the cost, which is that of a sum with `Query.noise_multiplier`.
+    """
+
+    starts: NDArray[np.int64]
+    estimates: NDArray[np.float64]
+    penalties: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    against: NDArray[np.int64]
+    count: int = 1
+    where: Literal["server", "client"] = "server"
+
+    def __post_init__(self) -> None:
+        num_candidates = len(self.weights) if self.weights.ndim == 1 else 0
+        num_blocks, at_client = len(self.starts) - 1, self.where == "client"
+        ok = (
+            self.starts.ndim == 1
+            and self.starts.dtype == self.against.dtype == np.int64
+            and 1 <= num_candidates <= num_blocks
+            and self.starts[0] == 0
+            and bool((self.starts[1:] > self.starts[:-1]).all())
+            and self.starts[-1] <= MAX_DIM
+            and self.estimates.ndim == 1
+            and len(self.estimates) in (self.starts[-1], self.starts[-1] if at_client else 0)
+            and self.penalties.shape == (num_candidates,)
+            and self.against.ndim == 2
+            and len(self.against) == num_candidates
+            and bool(((self.against >= -1) & (self.against < num_blocks)).all())
+            and bool((self.against != np.arange(num_candidates)[:, None]).all())
+        )
+        if not ok:
+            raise ConfigError("a choice whose arrays contradict each other")
+        floats = (self.estimates, self.penalties, self.weights)
+        if not all(
+            values.dtype == np.float64 and bool((np.abs(values) < _HUGE).all()) for values in floats
+        ) or not bool((self.weights > 1 / _HUGE).all()):
+            raise ConfigError("a choice's estimates, penalties and weights must be plain numbers")
+        if not 1 <= self.count <= num_candidates:
+            raise ConfigError(f"a choice of {self.count} among {num_candidates} candidates")
+        if self.where not in ("server", "client"):
+            raise ConfigError(f"a choice is made at 'server' or 'client', not {self.where!r}")
+
+    @staticmethod
+    def among(
+        sizes: Sequence[int],
+        estimates: NDArray[np.float64],
+        *,
+        penalties: NDArray[np.float64] | None = None,
+        weights: NDArray[np.float64] | None = None,
+        against: NDArray[np.int64] | None = None,
+        count: int = 1,
+        where: Literal["server", "client"] = "server",
+    ) -> "Choice":
+        """A choice among blocks of given sizes; what is left out is 0, 1 and nothing.
+
+        Args:
+          sizes: Cells of each block.
+          estimates: As the attribute.
+          penalties: As the attribute; `None`: zeros.
+          weights: As the attribute; `None`: ones.
+          against: As the attribute; `None`: none.
+          count: As the attribute.
+          where: As the attribute.
+        """
+        num_candidates = len(sizes) if weights is None else len(weights)
+        return Choice(
+            np.cumsum([0, *sizes]).astype(np.int64),
+            estimates,
+            np.zeros(num_candidates) if penalties is None else penalties,
+            np.ones(num_candidates) if weights is None else weights,
+            np.zeros((num_candidates, 0), dtype=np.int64) if against is None else against,
+            count,
+            where,
+        )
+
+    @property
+    def most_clips(self) -> NDArray[np.int64]:
+        """By how many clips one user can move each candidate's distance: 1, or 2."""
+        return np.asarray(1 + (self.against >= 0).any(axis=1), dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Query:
-    """A bounded sum, asked of every client.
+    """A bounded sum, asked of every client, or a private choice by one.
 
     Attributes:
       name: Which question of the strategy this is; the same name may be asked many times.
       dim: Length of each user's vector.
-      clip: L2 bound of each user's vector, in the vector's own unit; > 0, finite.
+      clip: L2 bound of each user's vector, in the vector's own unit; > 0, finite. With a choice:
+        L1 bound of each user's part in every block.
       noise_multiplier: Standard deviation of the sum's noise / its sensitivity; > 0, finite.
+        With a choice: that of the sum that would cost as much.
       sampling_prob: Each user answers with this probability, by a coin the client flips and
         keeps secret; in (0, 1].
       inputs: Public arrays that clients need to answer: weights, candidates, cliques.
       cells: Users' vectors are counts of cells (`Contribution.cells`), not dense rows: a hint by
         which a plan reckons memory and signal. Clients see for themselves.
+      choice: Instead of the sum, tell which candidates were chosen by it.
 
     Privacy:
-      Adding or removing one user changes the sum by at most `clip` in L2 at each client that
-      holds the user's records, whatever those records are; the framework sees to it.
+      Adding or removing one user changes the sum by at most `clip` in L2 (with a choice: in the
+      L1 norm of each block) at each client that holds the user's records, whatever those records
+      are; the framework sees to it.
     """
 
     name: str
@@ -48,6 +161,7 @@ class Query:
     sampling_prob: float = 1.0
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     cells: bool = False
+    choice: Choice | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.dim <= MAX_DIM:
@@ -65,6 +179,24 @@ class Query:
             raise ConfigError(
                 f"query {self.name!r}: sampling_prob must lie in (0, 1], not {self.sampling_prob!r}"
             )
+        if self.choice is not None and (
+            self.sampling_prob < 1 or self.choice.starts[-1] != self.dim
+        ):
+            raise ConfigError(
+                f"query {self.name!r}: a choice is made over all users, sampling_prob 1, by blocks"
+                f" that fill the vector of {self.dim} cells"
+            )
+
+    @property
+    def answer_dim(self) -> int:
+        """Length of what a strategy gets: the sum's, or the number of candidates."""
+        return self.dim if self.choice is None else len(self.choice.weights)
+
+    @property
+    def reply_dim(self) -> int:
+        """Length of what each client sends."""
+        at_client = self.choice is not None and self.choice.where == "client"
+        return self.answer_dim if at_client else self.dim
 
 
 @dataclass(frozen=True)
@@ -72,9 +204,11 @@ class NoisySum:
     """All that a strategy ever learns about private records.
 
     Attributes:
-      vector: Sum over users of clipped vectors, with noise, `(dim,)`, float64.
+      vector: Sum over users of clipped vectors, with noise, `(dim,)`, float64. For a query that
+        asks a choice: how often each candidate was chosen, `(num_candidates,)`; no noise is in it.
       stddev: Standard deviation of the noise in each coordinate. Infinite for a void round,
         whose vector is zeros: it carries no information, and a strategy goes on without it.
+        For a choice: noise that would have cost as much in a score.
       num_clients: Clients whose sums are in it; 0 for a void round.
     """
 
@@ -85,7 +219,7 @@ class NoisySum:
     @staticmethod
     def void(query: Query) -> "NoisySum":
         """The sum of a round that was lost or missed its quorum."""
-        return NoisySum(np.zeros(query.dim), math.inf, 0)
+        return NoisySum(np.zeros(query.answer_dim), math.inf, 0)
 
     @property
     def is_void(self) -> bool:
@@ -173,6 +307,9 @@ class Strategy(ABC):
 
     A strategy uses no clock, no file, no network and no global random state: the same sums and
     the same `rng` give the same synthesizer, so that a run can be resumed and checked.
+
+    A strategy that asks a choice at the server says so beforehand, by an attribute or a property
+    `trusts_server` that is true; see `trusts_server`.
     """
 
     name: ClassVar[str]
@@ -182,7 +319,8 @@ class Strategy(ABC):
         """Privacy cost of a whole run, known before it starts.
 
         Made of `GaussianDpEvent` and `PoissonSampledDpEvent` of it, composed: one for each query
-        that `rounds` yields, with that query's `noise_multiplier` and `sampling_prob`.
+        that `rounds` yields, choices included, with that query's `noise_multiplier` and
+        `sampling_prob`.
 
         Args:
           schema: Public schema of the population.
@@ -218,3 +356,8 @@ class Strategy(ABC):
         Privacy:
           No user's vector may depend on another user's records.
         """
+
+
+def trusts_server(strategy: Strategy) -> bool:
+    """Whether a strategy asks choices at the server, and so runs under `central` noise only."""
+    return bool(getattr(strategy, "trusts_server", False))

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from .errors import ClientCode, ConfigError, SecurityRefusal
 from .privacy import NoisePlacement
-from .query import MAX_DIM, Query
+from .query import MAX_DIM, Choice, Query
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-PROTOCOL = 1
+PROTOCOL = 2
 MESSAGE_TYPE = "query.answer"
 MAX_INPUT_BYTES = 1 << 31
 MAX_CELL = 1 << 46  # lattice steps: eight million users in one cell; no sum of clients wraps
@@ -84,7 +84,8 @@ class Reply:
       round: As asked.
       attempt: As asked.
       code: `OK`, or why there is no sum.
-      total: `(dim,)`, on the query's lattice.
+      total: `(dim,)`, on the query's lattice; for a choice that clients make, `(num_candidates,)`:
+        ones for what this client drew.
       site: Random name of the odometer that answered, by which a server knows two nodes of one
         site apart from two sites; `"none"` with a refusal.
     """
@@ -133,9 +134,12 @@ def ask_to_records(ask: Ask) -> "RecordDict":
                     "noise-multiplier": query.noise_multiplier,
                     "sampling-prob": query.sampling_prob,
                     "cells": query.cells,
+                    "choice": "none" if query.choice is None else query.choice.where,
+                    "choice-count": 0 if query.choice is None else query.choice.count,
                 }
             ),
             "inputs": ArrayRecord({k: _array(v, Array) for k, v in query.inputs.items()}),
+            "choice": ArrayRecord({k: _array(v, Array) for k, v in told(query.choice).items()}),
         }
     )
 
@@ -146,8 +150,8 @@ def ask_from_records(records: Mapping[str, Any]) -> Ask:
     Raises:
       WireError: Anything is missing, superfluous, of another type, or out of range.
     """
-    if set(records) != {"ask", "inputs"}:
-        raise WireError("a request holds exactly the records 'ask' and 'inputs'")
+    if set(records) != {"ask", "inputs", "choice"}:
+        raise WireError("a request holds exactly the records 'ask', 'inputs' and 'choice'")
     take = _Taker(records["ask"])
     if take.whole("protocol", 0, 1 << 30) != PROTOCOL:
         raise WireError(f"this client speaks protocol {PROTOCOL} only; install the same version")
@@ -160,6 +164,9 @@ def ask_from_records(records: Mapping[str, Any]) -> Ask:
             sampling_prob=take.number("sampling-prob"),
             inputs=_inputs(records["inputs"]),
             cells=take.truth("cells"),
+            choice=_choice(
+                take.text("choice", 20), take.whole("choice-count", 0, MAX_DIM), records["choice"]
+            ),
         )
         placement = NoisePlacement(take.text("placement", 20))
     except (ConfigError, ValueError) as error:
@@ -201,12 +208,13 @@ def reply_to_records(reply: Reply) -> "RecordDict":
     return RecordDict({"reply": ConfigRecord(config), "arrays": ArrayRecord(arrays)})
 
 
-def reply_from_records(records: Mapping[str, Any], *, dim: int) -> Reply:
+def reply_from_records(records: Mapping[str, Any], *, dim: int, drawn: int = 0) -> Reply:
     """The `Reply` in Flower records.
 
     Args:
       records: As received; trusted in nothing.
-      dim: Length of the sum that was asked for.
+      dim: Length of the sum that was asked for, or the number of candidates.
+      drawn: Candidates that a client was asked to draw by itself; 0: it was asked for a sum.
 
     Raises:
       WireError: Anything is missing, superfluous, of another type, shape or range.
@@ -238,7 +246,46 @@ def reply_from_records(records: Mapping[str, Any], *, dim: int) -> Reply:
         raise WireError(f"a reply of shape {total.shape} where ({dim},) was asked for")
     if max(int(total.max()), -int(total.min())) > MAX_CELL:
         raise WireError("a reply with a cell larger than any client's users could give")
+    if drawn and not (int(total.min()) >= 0 and int(total.max()) == 1 and total.sum() == drawn):
+        raise WireError("a reply that draws other than it was asked to")
     return Reply(run, round_, attempt, ClientCode.OK, total, site)
+
+
+def told(choice: Choice | None) -> dict[str, NDArray[Any]]:
+    """What clients are told of a choice: its blocks, and the rest only if they are to draw."""
+    if choice is None:
+        return {}
+    if choice.where == "server":
+        return {"starts": choice.starts}
+    return {
+        "starts": choice.starts,
+        "estimates": choice.estimates,
+        "penalties": choice.penalties,
+        "weights": choice.weights,
+        "against": choice.against,
+    }
+
+
+def _choice(where: str, count: int, record: Any) -> Choice | None:
+    """The choice that a request asks, as far as clients are told of it."""
+    arrays = {
+        str(key): _decode(value, {"int64", "float64"}, max_bytes=8 * (MAX_DIM + 1))
+        for key, value in _arrays(record).items()
+    }
+    if where == "none":
+        if arrays or count:
+            raise WireError("a request that asks a sum and comes with a choice")
+        return None
+    starts = arrays.pop("starts", np.zeros(0))
+    if starts.dtype != np.int64 or starts.ndim != 1 or not 2 <= len(starts) <= MAX_DIM:
+        raise WireError("a request for a choice without blocks")
+    if where == "server" and not arrays:
+        alike = len(starts) - 1
+        nothing, none = np.zeros(0), np.zeros((alike, 0), dtype=np.int64)
+        return Choice(starts, nothing, np.zeros(alike), np.ones(alike), none, count)
+    if where == "client" and set(arrays) == {"estimates", "penalties", "weights", "against"}:
+        return Choice(starts, **arrays, count=count, where="client")
+    raise WireError("a request for a choice with other arrays than it needs")
 
 
 class _Taker:

@@ -86,6 +86,7 @@ def _order(entries: list[Entry]) -> Iterator[str]:
                 if facts.get("placement") == "central" and "draw" not in kinds:
                     yield f"{where} has noise of the server's that was never marked as drawn"
                 yield from _noise(where, reserved.get(key, {}), entry.data, facts)
+                yield from _chosen(where, reserved.get(key, {}), entry.data)
             case "release":
                 if kinds[-1:] != ["seal"]:
                     yield f"{where} releases what is not sealed, but {kinds}"
@@ -124,6 +125,13 @@ def _noise(
         return  # a plug-in's own sensitivity, which the entries do not state
     if stddev < least * (1 - 1e-9):
         yield f"{where} has noise {stddev!r} where at least {least!r} was reserved"
+
+
+def _chosen(where: str, reserved: Mapping[str, Any], sealed: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a sealed choice, as far as the entries can tell."""
+    chooses = reserved.get("chooses", 0)
+    if chooses and not (sealed["unit"] == 1.0 and sealed["dim"] >= chooses):
+        yield f"{where} holds a sum where {chooses} candidates were to be chosen"
 
 
 def _spending(ledger: Ledger, population: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from ..core import accounting
 from ..core.errors import Interrupted
 from ..core.failpoints import at
-from ..core.query import Query
+from ..core.query import Query, trusts_server
 from ..core.randomness import KeyStream
 from ..core.wire import Ask, canonical
 from ..strategies.registry import build_aggregator, settings_of
@@ -96,6 +96,8 @@ def conduct(
         sums_are_hidden=sums_are_hidden,
     )
     federation.check(config.noise.placement)
+    if trusts_server(plan.strategy):
+        federation.check_choice(config.noise.placement)
     folder = start(plan)
     progress = _Progress(plan, on_event, folder / "progress.jsonl")
     try:

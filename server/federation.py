@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.aggregator import Aggregator
+from ..core.aggregator import Aggregator, Sum
 from ..core.errors import AnswersLost, ClientCode, ConfigError, QuorumError
 from ..core.failpoints import at
 from ..core.privacy import NoisePlacement
@@ -99,6 +99,26 @@ class Federation:
                 " 'distributed' noise does not protect; use 'central' or 'local'"
             )
 
+    def check_choice(self, placement: NoisePlacement) -> None:
+        """Refuse to let the server choose where it may not see the exact sum of all clients.
+
+        Raises:
+          ConfigError: The placement is not `central`, or an aggregator makes something else of
+            the sums.
+        """
+        if placement is not NoisePlacement.CENTRAL:
+            raise ConfigError(
+                "this strategy lets the server choose by the exact sum of all clients, which it"
+                f" sees under noise.placement = 'central' only, not {placement.value!r}; nothing"
+                " was asked. Use 'central' if clients trust the server, or a strategy or setting"
+                " that needs noisy sums alone, as aim with select = 'sums'"
+            )
+        if self.aggregator.name != Sum.name:
+            raise ConfigError(
+                "a choice at the server is made by clients' exact sum, which aggregator"
+                f" {self.aggregator.name!r} does not form; nothing was asked. Use 'sum'"
+            )
+
     def ask(self, ask: Ask) -> Collected:
         """The combined integer sum of one query.
 
@@ -127,10 +147,10 @@ class Federation:
             raise kind(_explained(ask, len(sums), self.quorum, len(nodes), codes))
         at("before-sum")
         total = self.aggregator.combine([sums[node] for node in sorted(sums)])
-        if total.shape != (ask.query.dim,) or total.dtype != np.int64:
+        if total.shape != (ask.query.reply_dim,) or total.dtype != np.int64:
             raise ConfigError(
                 f"aggregator {self.aggregator.name!r} must return int64 of shape"
-                f" ({ask.query.dim},), not {total.dtype} {total.shape}"
+                f" ({ask.query.reply_dim},), not {total.dtype} {total.shape}"
             )
         at("after-sum")
         return Collected(total, len(sums))
@@ -159,6 +179,8 @@ def _accepted(
     sums: dict[int, NDArray[np.int64]] = {}
     sites: set[str] = set()
     codes: Counter[str] = Counter()
+    choice = ask.query.choice
+    drawn = choice.count if choice is not None and choice.where == "client" else 0
     for message in replies:
         node = message.metadata.src_node_id
         if node not in nodes or node in sums:
@@ -168,7 +190,7 @@ def _accepted(
             codes["no reply: the client is gone or its app did not start"] += 1
             continue
         try:
-            reply = reply_from_records(message.content, dim=ask.query.dim)
+            reply = reply_from_records(message.content, dim=ask.query.reply_dim, drawn=drawn)
         except WireError as error:
             codes[f"a malformed reply: {error}"] += 1
             continue

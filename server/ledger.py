@@ -280,6 +280,7 @@ class Ledger:
         noise_multiplier: float,
         sampling_prob: float,
         sensitivity: float | None = None,
+        chooses: int = 0,
     ) -> None:
         """Charge one sum of the run's plan; comes before its question is sent.
 
@@ -292,6 +293,8 @@ class Ledger:
           sampling_prob: Of the sum.
           sensitivity: L2 change that one user can cause; where it is given, a sum with less
             noise than `noise_multiplier * sensitivity` cannot be sealed.
+          chooses: How many candidates a choice draws, which costs what such a sum costs; 0: it is
+            a sum.
 
         Raises:
           BudgetExceeded: The plan holds no such sum, or no more of them.
@@ -326,6 +329,8 @@ class Ledger:
             }
             if sensitivity is not None:
                 data["sensitivity"] = float(sensitivity)
+            if chooses:
+                data["chooses"] = int(chooses)
             self._chain.append("reserve", opened.population, run, round, attempt, data)
 
     def draw(self, run: str, round: int, attempt: int) -> None:  # noqa: A002

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..core.choice import chosen, score_sensitivity
 from ..core.errors import AnswersLost, QuorumError, SecurityRefusal
 from ..core.mechanism import Lattice, noised
 from ..core.privacy import NoisePlacement
@@ -57,6 +58,7 @@ def learn(
     Raises:
       QuorumError: A round found too few clients. It stays reserved and can be resumed.
       PrivacyRefusal: A query was not in the plan; nothing was asked.
+      ConfigError: A query asks the server to choose, which the run does not trust with sums.
     """
     number = 0
     noisy: NoisySum | None = None
@@ -67,6 +69,8 @@ def learn(
             synthesizer: Synthesizer = end.value
             return synthesizer
         number += 1
+        if query.choice is not None and query.choice.where == "server":
+            federation.check_choice(draft.placement)
         sensitivity = _sensitivity(query, draft.placement, federation, max_clients)
         state = ledger.state(draft.run, number)
         _check_same_question(query, number, state)
@@ -79,6 +83,7 @@ def learn(
                 noise_multiplier=query.noise_multiplier,
                 sampling_prob=query.sampling_prob,
                 sensitivity=sensitivity,
+                chooses=0 if query.choice is None else query.choice.count,
             )
         asked = state is None or state.stage == "reserved"
         if state is not None and state.stage == "drawing":
@@ -88,7 +93,7 @@ def learn(
             attempt = 1 if state is None else state.attempt
             ask = replace(draft, round=number, attempt=attempt, query=query, head=ledger.head())
             try:
-                _measure(ask, sensitivity, ledger, federation, stream, attempts)
+                _measure(ask, sensitivity, max_clients, ledger, federation, stream, attempts)
             except AnswersLost as error:
                 _log.warning("%s\nround %d is void: charged, and gone on without", error, number)
                 ledger.void(draft.run, number, attempt, VoidReason.NO_QUORUM)
@@ -99,7 +104,9 @@ def learn(
 def _sensitivity(
     query: Query, placement: NoisePlacement, federation: Federation, max_clients: int
 ) -> float:
-    """L2 change of the noised vector that one user can cause, in the vectors' own unit."""
+    """Change of the noised vector, in L2, or of a score, that one user can cause."""
+    if query.choice is not None:
+        return max_clients * score_sensitivity(query)
     if placement is NoisePlacement.CENTRAL:
         return max_clients * federation.aggregator.sensitivity(query, Lattice.of(query))
     return max_clients * query.clip  # noise is added before sums are combined
@@ -132,12 +139,13 @@ def noisy_sum(ledger: Ledger, run: str, number: int, query: Query) -> NoisySum:
 def _measure(
     ask: Ask,
     sensitivity: float,
+    max_clients: int,
     ledger: Ledger,
     federation: Federation,
     stream: KeyStream,
     attempts: int,
 ) -> None:
-    """Ask one reserved round and seal its noised sum."""
+    """Ask one reserved round and seal its noised sum, or what was chosen."""
     query, lattice = ask.query, Lattice.of(ask.query)
     for left in reversed(range(attempts)):
         try:
@@ -150,9 +158,13 @@ def _measure(
                 raise
             _log.warning("%s\nasking again, %d more times", error, left)
     stddev, total = query.noise_multiplier * sensitivity, collected.total
+    if ask.placement is NoisePlacement.CENTRAL:
+        ledger.draw(ask.run, ask.round, ask.attempt)
     match ask.placement:
+        case _ if query.choice is not None:  # whatever the clients drew is drawn already
+            if query.choice.where == "server":
+                total = chosen(total, query, max_clients=max_clients, stream=stream)
         case NoisePlacement.CENTRAL:
-            ledger.draw(ask.run, ask.round, ask.attempt)
             total = noised(total, stddev=stddev, lattice=lattice, stream=stream)
         case NoisePlacement.LOCAL:  # every client's noise is in the sum
             stddev *= math.sqrt(collected.num_clients)
@@ -163,7 +175,7 @@ def _measure(
         ask.round,
         ask.attempt,
         total,
-        unit=lattice.unit,
+        unit=lattice.unit if query.choice is None else 1.0,
         stddev=stddev,
         num_clients=collected.num_clients,
     )

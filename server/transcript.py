@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.card import CardRound, State
+from ..core.choice import score_sensitivity
 from ..core.errors import SecurityRefusal
 from ..core.mechanism import Lattice
 from ..core.query import NoisySum, Query, Rounds
@@ -201,6 +202,7 @@ def rounds_of(entries: Sequence[Entry]) -> tuple[CardRound, ...]:
                 first["sampling_prob"],
                 state,
                 data["num_clients"] if state == "sealed" else 0,
+                first.get("chooses", 0),
             )
         )
     return tuple(found)
@@ -224,8 +226,12 @@ def tensors_in(name: str, content: bytes) -> dict[str, NDArray[Any]]:
 def _check_charge(query: Query, charge: Entry) -> None:
     """A round was charged for the query that the strategy asks."""
     data = charge.data
-    charged = (data["query"], data["noise_multiplier"], data["sampling_prob"])
-    asked = (query.name, query.noise_multiplier, query.sampling_prob)
+    charged = (
+        *(data["query"], data["noise_multiplier"], data["sampling_prob"]),
+        data.get("chooses", 0),
+    )
+    chooses = 0 if query.choice is None else query.choice.count
+    asked = (query.name, query.noise_multiplier, query.sampling_prob, chooses)
     if charged != asked:
         raise SecurityRefusal(
             f"round {charge.round} was charged as {charged}, but the method asks {asked}"
@@ -235,9 +241,11 @@ def _check_charge(query: Query, charge: Entry) -> None:
 def _noisy_sum(query: Query, seal: Entry, total: NDArray[np.int64], max_clients: int) -> NoisySum:
     """A sealed sum, once it is shown to be an answer to the query, with noise enough."""
     data = seal.data
-    if len(total) != query.dim or data["unit"] != Lattice.of(query).unit:
+    unit = Lattice.of(query).unit if query.choice is None else 1.0
+    if len(total) != query.answer_dim or data["unit"] != unit:
         raise SecurityRefusal(f"round {seal.round} holds a sum of another shape or lattice")
-    least = query.noise_multiplier * query.clip * max_clients
+    moved = query.clip if query.choice is None else score_sensitivity(query)
+    least = query.noise_multiplier * moved * max_clients
     if not data["stddev"] >= least * (1 - 1e-9):
         raise SecurityRefusal(
             f"round {seal.round} has noise of {data['stddev']!r} where {least!r} was promised"

@@ -11,10 +11,12 @@ from typing import Any
 
 from ..client.respond import BLOCK_BYTES
 from ..core import accounting
+from ..core.choice import epsilon_of_choice, score_sensitivity
 from ..core.config import RunConfig
 from ..core.errors import BudgetExceeded
 from ..core.privacy import NoisePlacement
 from ..core.query import NoisySum, Query
+from ..core.wire import told
 from ..server.planned import Plan, plan_of
 
 _DRY_RUN_S = 5.0  # a method's public half is driven this long at most; later rounds are assumed
@@ -38,7 +40,7 @@ class Step:
       dim: Length of the sum.
       noise_multiplier: Noise of each sum / its sensitivity.
       sampling_prob: Probability with which each user answers.
-      stddev: Noise of each sum, in its own unit.
+      stddev: Noise of each sum, in its own unit; of a choice, what would cost as much in a score.
       epsilon_after: Of this run, when the last of them is done.
       bytes_down: Arrays sent to each client in each round.
       bytes_up: Array that each client sends back in each round.
@@ -256,7 +258,8 @@ def _questions(plan: Plan) -> list[_Question]:
     try:
         query = next(rounds)
         while True:
-            num_bytes = sum(array.nbytes for array in query.inputs.values())
+            told_arrays = [*query.inputs.values(), *told(query.choice).values()]
+            num_bytes = sum(array.nbytes for array in told_arrays)
             questions.append(_Question(replace(query, inputs={}), num_bytes))
             left[(query.noise_multiplier, query.sampling_prob)] -= 1
             if len(questions) == num_rounds or time.monotonic() > deadline:
@@ -296,13 +299,15 @@ def _steps(plan: Plan, questions: list[_Question]) -> Iterator[Step]:
                 accounting.event_of(leaves), plan.config.run_budget.delta
             ),
             bytes_down=max(question.num_bytes for question in same),
-            bytes_up=8 * query.dim,
+            bytes_up=8 * query.reply_dim,
             expect=_expected(plan, query, _stddev(plan, query, max_clients)),
         )
 
 
 def _stddev(plan: Plan, query: Query, max_clients: int) -> float:
     """Noise of a sum in which every client has its part."""
+    if query.choice is not None:
+        return query.noise_multiplier * score_sensitivity(query) * max_clients
     local = plan.config.noise.placement is NoisePlacement.LOCAL
     over = math.sqrt(plan.config.engine.clients) if local else 1.0
     return query.noise_multiplier * query.clip * max_clients * over
@@ -310,6 +315,12 @@ def _stddev(plan: Plan, query: Query, max_clients: int) -> float:
 
 def _expected(plan: Plan, query: Query, stddev: float) -> str:
     """Signal beside noise, from the declared number of users alone."""
+    if query.choice is not None:
+        epsilon = epsilon_of_choice(query.noise_multiplier * math.sqrt(query.choice.count))
+        return (
+            f"{query.choice.count} of {query.answer_dim} candidates chosen at the"
+            f" {query.choice.where} by the exponential mechanism, each at epsilon {epsilon:.3g}"
+        )
     users = plan.config.population.num_users * query.sampling_prob
     norm = getattr(plan.strategy, "max_norm", None)
     if query.cells and isinstance(norm, float) and norm > 0:
@@ -352,7 +363,7 @@ def _memory(plan: Plan, queries: list[Query], share: int) -> int:
     config, schema = plan.config, plan.schema
     records = config.population.num_users * config.unit.max_records // share
     width = 4 * len(schema.columns) + (schema.image.num_pixels if schema.image else 0)
-    sums = 4 * 8 * max(query.dim for query in queries)
+    sums = 4 * 8 * max(query.dim for query in queries)  # a choice's estimates among them
     dense = 2 * BLOCK_BYTES if any(not query.cells for query in queries) else 0
     return _BASE_BYTES + 3 * records * width + sums + dense
 

@@ -10,6 +10,7 @@ from fedsynth.core.errors import ClientCode
 from fedsynth.core.privacy import NoisePlacement
 from fedsynth.core.query import Query
 from fedsynth.core.wire import (
+    PROTOCOL,
     Ask,
     Reply,
     WireError,
@@ -122,7 +123,7 @@ def raw(data=b"\0" * 8 * DIM, dtype="int64", shape=(DIM,), stype="fedsynth.raw")
 
 
 def reply_records(array=None, extra=None, **config):
-    facts = {"protocol": 1, "run": "r", "round": 1, "attempt": 1, "code": 0, "site": "s"} | config
+    facts = {"protocol": PROTOCOL, "run": "r", "round": 1, "attempt": 1, "code": 0, "site": "s"} | config
     arrays = {"total": array or raw()} | (extra or {})
     return RecordDict({"reply": ConfigRecord(facts), "arrays": ArrayRecord(arrays)})
 
@@ -148,7 +149,7 @@ def reply_records(array=None, extra=None, **config):
         reply_records(round=-1),
         reply_records(num_examples=1000),
         reply_records(site="../x"),
-        reply_records(protocol=2),
+        reply_records(protocol=PROTOCOL + 1),
         RecordDict({}),
         RecordDict({"reply": MetricRecord({"code": 0}), "arrays": ArrayRecord({"total": raw()})}),
         RecordDict(dict(reply_records().items()) | {"metrics": MetricRecord({"loss": 0.5})}),
@@ -167,7 +168,7 @@ def test_a_reply_in_any_other_form_is_refused(records):
 @pytest.mark.parametrize(
     "change",
     [
-        {"protocol": 2},
+        {"protocol": PROTOCOL + 1},
         {"clip": 0.0},
         {"clip": float("nan")},
         {"noise-multiplier": 0.0},
@@ -220,7 +221,7 @@ def test_a_request_without_any_one_key_is_refused(key):
 
 def mutated(rng):
     """A reply with one to three things changed, and whether it may still be accepted."""
-    config = {"protocol": 1, "run": "r", "round": 1, "attempt": 1, "code": 0, "site": "s"}
+    config = {"protocol": PROTOCOL, "run": "r", "round": 1, "attempt": 1, "code": 0, "site": "s"}
     fields = {"dtype": "int64", "shape": (DIM,), "stype": "fedsynth.raw", "data": b"\0" * 8 * DIM}
     odd = [0, -1, 1, 2**70, 1.5, float("nan"), "", "x" * 300, b"", True, "nan", [1, 2], [2.5]]
     for _ in range(rng.randint(1, 3)):
