@@ -18,7 +18,6 @@ from fedsynth.strategies.parts.tree_model import (
     with_margins,
 )
 from scipy.optimize import minimize
-from scipy.stats import chi2_contingency
 
 
 def random_tree(shape, edges, seed):
@@ -387,36 +386,6 @@ def test_a_pair_that_no_link_holds_follows_the_model_too():
     np.testing.assert_allclose(counts / 200_000, marginal_of(joint, [0, 2]), atol=0.005)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 2), (2, 100, 100)])
-def test_columns_that_are_independent_given_their_parent_stay_so_in_samples(shape):
-    """The default sampler of mbi 1.1 fails this: total variation 0.56 where 0.02 is chance."""
-    rng = np.random.default_rng(14)
-    children = [rng.dirichlet(np.ones(n), shape[0]) for n in shape[1:]]
-    joint = np.einsum("p,pa,pb->pab", np.full(shape[0], 1 / shape[0]), *children)
-    model = exact_model(joint, [(0, 1), (0, 2)])
-
-    codes = model.sample(20_000, np.random.default_rng(1))
-    planted = codes.copy()
-    half = np.flatnonzero(planted[:, 0] == 0)[::3]  # a third of a parent's records: linked
-    planted[half, 2] = np.sort(planted[half, 2])
-    planted[half, 1] = np.sort(planted[half, 1])
-
-    for parent in range(shape[0]):
-        assert independence(codes[codes[:, 0] == parent]) > 1e-3
-    assert independence(planted[planted[:, 0] == 0]) < 1e-9
-
-
-def independence(codes):
-    """p-value that columns 1 and 2 are independent, after merging to four cells each."""
-    counts = np.zeros((4, 4))
-    ranks = [
-        np.searchsorted(np.quantile(codes[:, c], [0.25, 0.5, 0.75]), codes[:, c]) for c in (1, 2)
-    ]
-    np.add.at(counts, tuple(ranks), 1)
-    counts = counts[counts.sum(axis=1) > 0][:, counts.sum(axis=0) > 0]
-    return chi2_contingency(counts, correction=False).pvalue
-
-
 def test_sampling_is_unbiased_where_counts_are_tiny():
     edges = [(0, 1)]
     joint = random_tree((2, 3), edges, seed=15)
@@ -436,36 +405,3 @@ def test_zero_one_and_very_few_records_can_be_sampled():
 
     for num_records in (0, 1, 2):
         assert model.sample(num_records, np.random.default_rng(0)).shape == (num_records, 3)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # jax and mbi warn of their own settings
-def test_the_fit_agrees_with_mbi():
-    mbi = pytest.importorskip(
-        "mbi", reason="mbi 2 is not installed: pip install 'fedsynth[crosscheck]'"
-    )
-    shape, edges = (3, 5, 4, 2), [(0, 1), (1, 2), (1, 3)]
-    rng = np.random.default_rng(17)
-    joint = random_tree(shape, edges, seed=18)
-    measured = [measured_of(joint, [c], total=5000, stddev=40, rng=rng) for c in range(4)]
-    measured += [measured_of(joint, e, total=5000, stddev=25, rng=rng) for e in edges]
-    names = "abcd"
-    theirs = mbi.estimation.MirrorDescent().estimate(
-        mbi.Domain(tuple(names), shape),
-        [
-            mbi.LinearMeasurement(
-                m.counts.ravel(), tuple(names[g.column] for g in m.grids), stddev=m.stddev
-            )
-            for m in measured
-        ],
-        known_total=5000.0,
-        iters=3000,
-    )
-
-    ours = fit(shape, measured, edges, total=5000.0, denoise=False)
-
-    for columns in [*itertools.combinations(range(4), 2), (0, 1, 2)]:
-        their = np.asarray(theirs.project(tuple(names[c] for c in columns)).values) / 5000
-        assert np.abs(ours.marginal(columns) - their).sum() / 2 < 0.01
-    noise = np.abs(measured[5].counts / 5000 - marginal_of(joint, [1, 2])).sum() / 2
-    assert noise > 0.03  # the tables are far noisier than the two fits are apart
