@@ -24,7 +24,8 @@ def decode(schema: Schema, records: Records, rng: np.random.Generator) -> "pa.Ta
     among the integers of its bin, a date among the days (or hours, ...) of its, a real number
     uniformly within its bin; a missing value is null. Encoding the table by the same schema gives
     the same codes, as long as every bin of an integer or a date holds one. An id column that the
-    schema wants as serial numbers comes first: 1, 2, 3 and so on.
+    schema wants as serial numbers comes first: 1, 2, 3 and so on. Where the schema orders two
+    columns, their values are in order too, unless the cells cannot be.
 
     Args:
       schema: Public schema of the records.
@@ -43,7 +44,15 @@ def decode(schema: Schema, records: Records, rng: np.random.Generator) -> "pa.Ta
         )
     serial = [column.name for column in schema.ids if column.synthesize == "serial"]
     columns = [pa.array(np.arange(1, len(records) + 1)) for _ in serial]
-    columns += [_values(c, records.codes[:, i], rng) for i, c in enumerate(schema.columns)]
+    drawn = [_drawn(c, records.codes[:, i], rng) for i, c in enumerate(schema.columns)]
+    for order in schema.rules.orders:
+        given = {i: drawn[i].astype(np.float64) for i in order.columns}
+        for i, values in order.settled(records.codes, given, rng).items():
+            drawn[i] = values.astype(drawn[i].dtype)
+    columns += [
+        _values(c, codes, values)
+        for c, codes, values in zip(schema.columns, records.codes.T, drawn, strict=True)
+    ]
     return pa.table(columns, names=[*serial, *schema.names])
 
 
@@ -79,41 +88,34 @@ def save_records(
     return written
 
 
-def _values(column: Column, codes: NDArray[np.int32], rng: np.random.Generator) -> "pa.Array":
+def _drawn(column: Column, codes: NDArray[np.int32], rng: np.random.Generator) -> NDArray[Any]:
+    """A value within each cell: of a number or a date in its own unit, else the cell itself."""
+    if column.is_categorical:
+        return codes
+    bins = np.where(codes < column.num_bins, codes, 0)
+    if column.kind != "real":
+        lows, highs = (ends.astype(np.int64) for ends in column.ends)
+        return np.asarray(rng.integers(lows[bins], highs[bins], endpoint=True))
+    low, high = column.edges[bins], column.edges[bins + 1]
+    reals = np.minimum(low + rng.random(len(bins)) * (high - low), np.nextafter(high, low))
+    return np.asarray(np.maximum(reals, low))
+
+
+def _values(column: Column, codes: NDArray[np.int32], drawn: NDArray[Any]) -> "pa.Array":
     """The values of one column."""
     import pyarrow as pa
 
     missing = codes == column.num_cells - 1 if column.missing else np.zeros(len(codes), np.bool_)
-    bins = np.where(missing, 0, codes)
-    match column.kind:
-        case "boolean":
-            return pa.array(bins == 1, mask=missing)
-        case "category" | "ordinal":
-            indices = pa.array(codes, mask=missing)
-            return pa.array(column.categories, type=pa.string()).take(indices)
-        case "integer":
-            return pa.array(_integers(column, bins, rng), mask=missing)
-        case "date":
-            return _dates(column, _integers(column, bins, rng), missing)
-    low, high = column.edges[bins], column.edges[bins + 1]
-    reals = np.minimum(low + rng.random(len(bins)) * (high - low), np.nextafter(high, low))
-    return pa.array(np.maximum(reals, low), mask=missing)
-
-
-def _integers(column: Column, bins: NDArray[Any], rng: np.random.Generator) -> NDArray[np.int64]:
-    """A uniform integer of each bin; the nearest one where a bin holds none."""
-    lows, highs = (ends.astype(np.int64) for ends in column.ends)
-    drawn: NDArray[np.int64] = rng.integers(lows[bins], highs[bins], endpoint=True)
-    return drawn
-
-
-def _dates(column: Column, units: NDArray[np.int64], missing: NDArray[np.bool_]) -> "pa.Array":
-    """Days as dates, finer units as times to the second."""
-    import pyarrow as pa
-
+    if column.kind == "boolean":
+        return pa.array(codes == 1, mask=missing)
+    if column.is_categorical:
+        categories = pa.array(column.categories, type=pa.string())
+        return categories.take(pa.array(codes, mask=missing))
+    if column.kind != "date":
+        return pa.array(drawn, mask=missing)
     if column.resolution == "day":
-        return pa.array(units.astype(np.int32), mask=missing, type=pa.int32()).cast(pa.date32())
-    seconds = units * SECONDS[column.resolution]
+        return pa.array(drawn.astype(np.int32), mask=missing).cast(pa.date32())
+    seconds = drawn * SECONDS[column.resolution]
     return pa.array(seconds, mask=missing).cast(pa.timestamp("s"))
 
 

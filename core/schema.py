@@ -6,7 +6,7 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,8 +14,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from .constraints import Constraint, constraint_from_json
 from .dates import RESOLUTIONS, Resolution, iso_of, resolution_of, units_of
 from .errors import SchemaError
+from .ruleset import Rules
 
 Kind = Literal["category", "ordinal", "boolean", "integer", "real", "date"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -27,7 +29,7 @@ OPEN = "private"
 """What a schema file says in place of categories or bounds that a run has to find."""
 
 OPEN_BINS, MAX_OPEN_BINS = 32, 256
-OPEN_BYTES, MAX_OPEN_BYTES = 24, 64
+OPEN_BYTES, MAX_OPEN_BYTES = 32, 64
 _KEYS = {
     *("type", "origin", "categories", "bounds", "num_bins", "missing", "resolution"),
     *("cuts", "other", "max_bytes"),
@@ -140,9 +142,10 @@ class Column:
 
     @property
     def num_cells(self) -> int:
-        """Cells of the column, the one for missing values included."""
-        listed = len(self.categories) if self.is_categorical else self.num_bins
-        return listed + self.missing
+        """Cells of the column, the one for missing values included; of an open one, a guess."""
+        if self.is_categorical:
+            return (1 if self.is_open else len(self.categories)) + self.missing
+        return self.num_bins + self.missing
 
     @property
     def num_words(self) -> int:
@@ -262,12 +265,14 @@ class Schema:
       image: The image column, if the records hold one.
       target: The column a reader of the synthetic data wants to predict, if any.
       ids: Columns that are never synthesized.
+      constraints: What every synthetic record keeps.
     """
 
     columns: tuple[Column, ...]
     image: ImageColumn | None = None
     target: str | None = None
     ids: tuple[IdColumn, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
 
     def __post_init__(self) -> None:
         names = list(self.names) + ([self.image.name] if self.image else [])
@@ -280,6 +285,7 @@ class Schema:
             raise SchemaError(
                 f"target = {self.target!r} is not a table column; there are {', '.join(self.names)}"
             )
+        _ = self.rules
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -301,6 +307,19 @@ class Schema:
         """Whether a run has to find the domain of some column under its own budget."""
         return any(c.is_open for c in self.columns)
 
+    def allows(self, found: "Schema") -> bool:
+        """Whether `found` is this schema with nothing changed but its open columns' domains."""
+        if len(found.columns) != len(self.columns):
+            return False
+        pairs = zip(self.columns, found.columns, strict=True)
+        return found == replace(self, columns=found.columns) and all(
+            (b.name, b.kind, b.missing, b.max_bytes, b.is_open)
+            == (a.name, a.kind, a.missing, a.max_bytes, False)
+            if a.is_open
+            else a == b
+            for a, b in pairs
+        )
+
     @property
     def num_codes(self) -> int:
         """Numbers that a record is held as: one a table column, then the open columns' words."""
@@ -310,6 +329,11 @@ class Schema:
     def num_cells(self) -> int:
         """Cells of all table columns together."""
         return int(sum(self.shape))
+
+    @cached_property
+    def rules(self) -> Rules:
+        """The constraints over cells; without any, every record is valid."""
+        return Rules.of(self)
 
     def index(self, name: str) -> int:
         """Position of a table column."""
@@ -347,7 +371,9 @@ class Schema:
             }
         for id_column in self.ids:
             columns[id_column.name] = {"type": "id", "synthesize": id_column.synthesize}
-        return {"columns": columns} | ({"target": self.target} if self.target else {})
+        data = {"columns": columns} | ({"target": self.target} if self.target else {})
+        constraints = [constraint.to_json() for constraint in self.constraints]
+        return data | ({"constraints": constraints} if constraints else {})
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Schema":
@@ -356,7 +382,7 @@ class Schema:
         Raises:
           SchemaError: A key is unknown or missing, or a value cannot be.
         """
-        _known(data, {"columns", "target"}, "schema")
+        _known(data, {"columns", "target", "constraints"}, "schema")
         columns: list[Column] = []
         image: ImageColumn | None = None
         ids: list[IdColumn] = []
@@ -375,7 +401,16 @@ class Schema:
                 ids.append(IdColumn(name, entry.get("synthesize", "none")))
             else:
                 columns.append(_column(name, entry))
-        return Schema(tuple(columns), image, data.get("target"), tuple(ids))
+        constraints = data.get("constraints", [])
+        if not isinstance(constraints, list | tuple):
+            raise SchemaError("constraints must be tables [[constraints]]")
+        return Schema(
+            tuple(columns),
+            image,
+            data.get("target"),
+            tuple(ids),
+            tuple(constraint_from_json(entry, i) for i, entry in enumerate(constraints, 1)),
+        )
 
     @staticmethod
     def read(path: Path) -> "Schema":

@@ -8,12 +8,16 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from .enforce import keeping
 from .records import Records
 from .schema import Schema
 
 
 class Synthesizer(ABC):
     """A learned generator of records. Sampling is post-processing: it costs no privacy.
+
+    Whoever writes one need not think of the schema's constraints: `sample` is wrapped so that
+    every record keeps them, see `core.enforce`.
 
     Attributes:
       kind: Name under which it is saved and found again.
@@ -22,6 +26,12 @@ class Synthesizer(ABC):
 
     kind: ClassVar[str]
     schema: Schema
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Have the constraints kept by the `sample` that a class brings."""
+        super().__init_subclass__(**settings)
+        if "sample" in cls.__dict__:
+            cls.sample = keeping(cls.__dict__["sample"])  # type: ignore[method-assign,assignment]
 
     @abstractmethod
     def sample(self, num_records: int, rng: np.random.Generator) -> Records:

@@ -288,3 +288,36 @@ def test_a_card_of_records_promises_no_user_and_speaks_of_none():
 
 def test_a_card_of_a_method_without_tables_leaves_out_whom_they_count():
     assert "## What it describes" not in card().to_markdown()
+
+
+def test_the_card_names_ids_and_what_every_record_keeps():
+    schema = Schema.from_json(
+        {
+            "columns": {
+                "patient": {"type": "id", "synthesize": "serial"},
+                "visit": {"type": "id"},
+                "ill": {"type": "boolean"},
+                "born": {
+                    "type": "date",
+                    "bounds": ["1920-01-01", "2024-12-31"],
+                    "origin": "policy",
+                },
+                "died": {
+                    "type": "date",
+                    "bounds": ["1920-01-01", "2024-12-31"],
+                    "origin": "policy",
+                },
+            },
+            "constraints": [{"order": ["born", "<=", "died"]}, {"forbid": {"ill": True}}],
+        }
+    )
+
+    text = card(schema=schema).to_markdown()
+
+    assert Card.from_json(card(schema=schema).to_json()) == card(schema=schema)
+    assert "| patient | id | serial numbers" in text
+    assert "| visit | id | not synthesized" in text
+    assert "1920-01-01 to 2024-12-31 in 32 cells" in text
+    assert "- born \\<= died" in text
+    assert "- never ill is true" in text
+    assert "declared facts" not in card().to_markdown()
