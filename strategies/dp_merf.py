@@ -13,7 +13,7 @@ from ..core.query import Contribution, NoisySum, Query, Rounds, Strategy
 from ..core.records import BoundedShard
 from ..core.schema import Schema
 from .parts.features import Features
-from .parts.generator import Fitting, Target, fitted, untrained
+from .parts.generator import Fitting, Target, fitted, label_column, untrained
 from .parts.simplex import pooled_total, to_simplex
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _INSIDE = 1 - 1e-6  # a user's vector stays within the clip in spite of float32 rounding
 _RECORDS = 2048  # records whose features are held at a time, unless one user has more
 _FOR_IMAGES, _FOR_TABLES = 2000, 500  # random features
-_MOST_LABELS = 256
 _MOST_NUMBERS = 1 << 27  # in the map of records to features
 
 
@@ -99,12 +98,12 @@ class DpMerf(Strategy):
         """One Gaussian sum."""
         from ..core.accounting import single_event
 
-        self._label(schema)
+        label_column(schema, self.label)
         return single_event(noise_multiplier)
 
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
         """Ask once, fit a network; where the sum is but noise, one that knows nothing."""
-        label = self._label(schema)
+        label = label_column(schema, self.label)
         cells, bins = _columns(schema, label)
         num_labels = schema.shape[label] if label >= 0 else 1
         num_pixels = 0 if schema.image is None else schema.image.num_pixels
@@ -225,28 +224,6 @@ class DpMerf(Strategy):
         if self.num_features is not None:
             return self.num_features
         return _FOR_IMAGES if num_pixels else _FOR_TABLES
-
-    def _label(self, schema: Schema) -> int:
-        """Position of the label column, or -1.
-
-        Raises:
-          ConfigError: The schema has no such column, or nothing but it.
-        """
-        name = self.label
-        if name is None and schema.target is not None:
-            target = schema.index(schema.target)
-            name = schema.target if schema.columns[target].is_categorical else ""
-        if name and name not in schema.names:
-            raise ConfigError(f"label = {name!r} is no column; there are {', '.join(schema.names)}")
-        label = schema.index(name) if name else -1
-        if label >= 0 and schema.shape[label] > _MOST_LABELS:
-            raise ConfigError(
-                f"label {name!r} has {schema.shape[label]} cells, above {_MOST_LABELS}; name a"
-                ' coarser column as label, or label = ""'
-            )
-        if schema.image is None and len(schema.columns) == (label >= 0):
-            raise ConfigError(f"the schema holds nothing but the label {name!r}")
-        return label
 
 
 def _columns(schema: Schema, label: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

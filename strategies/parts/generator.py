@@ -20,6 +20,7 @@ from ...core.synthesizer import Synthesizer
 from .features import Features
 from .rounding import rounded_cells
 
+_MOST_LABELS = 256
 _AT_ONCE = 4096  # records sampled at a time
 _MOST_PULL = 0.02  # above it, a network says the same of every label
 _LEAK = 0.02  # gradient that passes a pixel which is full or empty, so that it can come back
@@ -216,7 +217,7 @@ def fitted(
     pull = np.float32(min(_MOST_PULL, fitting.shrinkage * target.variance * num_labels**2))
     maker = _Maker.of(schema, label, features, fitting)
     weights = _first_weights(schema, label, num_labels, fitting, rng)
-    adam = _Adam(weights)
+    adam = Adam(weights)
     each = max(2, -(-fitting.batch_size // num_labels))
     labels = np.repeat(np.arange(num_labels), each)
     share = np.repeat(shares, each)[:, None]
@@ -228,7 +229,7 @@ def fitted(
         total = made.features.reshape(num_labels, each, -1).sum(axis=1)
         beside = (np.repeat(total, each, axis=0) - made.features) / np.float32(each - 1)
         gap = (share * (share * beside - aim) * np.float32(2 / each)).astype(np.float32)
-        gradient = _backward(weights, hidden, maker.slope(made, gap))
+        gradient = backward(weights, hidden, maker.slope(made, gap))
         for slope, weight in zip(gradient, weights, strict=True):
             slope += pull * weight
         falling = 0.5 * (1 + np.cos(np.pi * step / fitting.num_steps))
@@ -236,6 +237,32 @@ def fitted(
     maker.fold(weights)
     noise = fitting.pixel_noise if schema.image else 0.0
     return Network(schema, label, target.label_probs, tuple(weights), noise)
+
+
+def label_column(schema: Schema, name: str | None) -> int:
+    """Position of the column that a network is told of, or -1 for none.
+
+    Args:
+      schema: Schema of the records.
+      name: The column; `None`: the schema's target if that is a category; `""`: none.
+
+    Raises:
+      ConfigError: The schema has no such column, or nothing but it, or it has too many cells.
+    """
+    if name is None and schema.target is not None:
+        target = schema.index(schema.target)
+        name = schema.target if schema.columns[target].is_categorical else ""
+    if name and name not in schema.names:
+        raise ConfigError(f"label = {name!r} is no column; there are {', '.join(schema.names)}")
+    label = schema.index(name) if name else -1
+    if label >= 0 and schema.shape[label] > _MOST_LABELS:
+        raise ConfigError(
+            f"label {name!r} has {schema.shape[label]} cells, above {_MOST_LABELS}; name a"
+            ' coarser column as label, or label = ""'
+        )
+    if schema.image is None and len(schema.columns) == (label >= 0):
+        raise ConfigError(f"the schema holds nothing but the label {name!r}")
+    return label
 
 
 def others(schema: Schema, label: int) -> list[int]:
@@ -297,18 +324,31 @@ def _first_weights(
     """Random matrices that keep the size of what passes through, the last one small; no bias."""
     hidden = fitting.num_hidden
     widths = [fitting.num_codes + num_labels, hidden, hidden, num_outputs(schema, label)]
+    return random_weights(widths, rng, last=0.1)
+
+
+def random_weights(widths: Sequence[int], rng: np.random.Generator, *, last: float) -> Weights:
+    """Matrices that keep the size of what passes through, but for the last; biases of zero.
+
+    Args:
+      widths: Numbers that enter each layer and, at the end, leave the last.
+      rng: Public randomness.
+      last: Factor of the last matrix.
+    """
     matrices: Weights = []
     for rows, columns in itertools.pairwise(widths):
         normal = rng.standard_normal((rows, columns), dtype=np.float32)
         matrices.append(normal * np.float32((2 / rows) ** 0.5))
-    matrices[-1] *= np.float32(0.1)
+    matrices[-1] *= np.float32(last)
     return matrices + [np.zeros(width, dtype=np.float32) for width in widths[1:]]
 
 
-def _backward(
-    weights: Weights, hidden: list[NDArray[np.float32]], slope: NDArray[np.float32]
+def backward(
+    weights: Sequence[NDArray[np.float32]],
+    hidden: list[NDArray[np.float32]],
+    slope: NDArray[np.float32],
 ) -> Weights:
-    """Gradient of the weights, given the outputs' gradient."""
+    """Gradient of the weights, given what `layers` made and the outputs' gradient."""
     matrices, biases = [], []
     for number in (2, 1, 0):
         matrices.append(hidden[number].T @ slope)
@@ -445,20 +485,26 @@ def _blur(shape: tuple[int, int, int], smoothing: float) -> NDArray[np.float32] 
     return np.kron(np.kron(sides[0], sides[1]), np.eye(channels)).astype(np.float32)
 
 
-class _Adam:
-    """Adam's moving averages of the gradient and of its square."""
+class Adam:
+    """Adam's moving averages of the gradient and of its square.
 
-    def __init__(self, weights: Weights) -> None:
+    Reference:
+      Kingma and Ba (2015), "Adam: A Method for Stochastic Optimization", algorithm 1.
+    """
+
+    def __init__(self, weights: Weights, *, kept: float = 0.9, kept_square: float = 0.999) -> None:
         self._mean = [np.zeros_like(w) for w in weights]
         self._square = [np.zeros_like(w) for w in weights]
+        self._kept, self._kept_square = kept, kept_square
         self._steps = 0
 
     def step(self, weights: Weights, gradient: Weights, rate: float) -> None:
         """Move the weights, in place."""
         self._steps += 1
-        fresh, fresh_square = 1 - 0.9**self._steps, 1 - 0.999**self._steps
+        fresh, fresh_square = 1 - self._kept**self._steps, 1 - self._kept_square**self._steps
+        share, share_square = np.float32(1 - self._kept), np.float32(1 - self._kept_square)
         for w, g, mean, square in zip(weights, gradient, self._mean, self._square, strict=True):
-            mean += np.float32(0.1) * (g - mean)
-            square += np.float32(0.001) * (g * g - square)
+            mean += share * (g - mean)
+            square += share_square * (g * g - square)
             size = np.sqrt(square / np.float32(fresh_square)) + np.float32(1e-8)
             w -= np.float32(rate / fresh) * mean / size

@@ -208,7 +208,7 @@ def test_layers_pass_gradients_back_to_every_weight():
     inputs = generator.inputs_of(np.array([0, 1, 1]), 2, weights, rng)
     pull = rng.normal(size=(3, generator.num_outputs(schema, 4))).astype(np.float32)
 
-    gradient = generator._backward(weights, generator.layers(weights, inputs), pull)
+    gradient = generator.backward(weights, generator.layers(weights, inputs), pull)
 
     for number, place in [(0, (1, 2)), (1, (3, 3)), (2, (0, 4)), (3, (5,)), (4, (0,)), (5, (7,))]:
         ends = []
