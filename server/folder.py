@@ -48,7 +48,7 @@ def read(folder: Path, name: str, *, sha256: str, num_bytes: int | None = None) 
             raise SecurityRefusal(f"{name} was changed: it has another size than is listed")
         content = file.read(size)
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise SecurityRefusal(f"{name} was changed: it does not match its hash in the list")
+        raise SecurityRefusal(f"{name} was changed: it does not match its hash in {SUMS}")
     return content
 
 
