@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.choice import chosen
 from ..core.errors import ClientCode, ConfigError, ShardError
 from ..core.failpoints import at
 from ..core.mechanism import Lattice, clipped_sum, noised
@@ -44,14 +45,15 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
       before noise. Under `local` placement the noise of the whole promise is added here. Under
       `central` the exact clipped sum leaves, for a server that the owner's policy trusts. Under
       `distributed` a share is added, which protects nobody unless the sum is secure; the policy
-      and the engine see to that.
+      and the engine see to that. A query that asks a choice bounds each user in L1 a block
+      instead; its exact sum leaves under `central` placement only, or what was drawn here does.
     """
     refusal = _admission(ask, site)
     if refusal is not None:
         return _refused(ask, refusal)
     try:
         unit = unit_of(ask)
-        strategy = _strategy(ask.strategy, ask.settings)
+        strategy = _strategy(ask.strategy, ask.settings, site.schema.is_open)
     except (ConfigError, ValueError, TypeError):
         return _refused(ask, ClientCode.STRATEGY_UNKNOWN)
     try:
@@ -91,9 +93,9 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
 
 
 @lru_cache(maxsize=16)
-def _strategy(name: str, settings: str) -> Strategy:
+def _strategy(name: str, settings: str, is_open: bool) -> Strategy:
     """The installed strategy that a request names; it is immutable, so kept between messages."""
-    return build_strategy(name, json.loads(settings))
+    return build_strategy(name, json.loads(settings), is_open=is_open)
 
 
 def _admission(ask: Ask, site: Site) -> ClientCode | None:
@@ -107,6 +109,9 @@ def _admission(ask: Ask, site: Site) -> ClientCode | None:
         return ClientCode.OUTSIDE_PLAN  # coins of several clients are not one coin; no price
     if ask.placement is NoisePlacement.DISTRIBUTED and not site.sum_is_secure:
         return ClientCode.POLICY_REFUSED
+    choice = ask.query.choice
+    if choice is not None and choice.where == "server" and ask.placement != NoisePlacement.CENTRAL:
+        return ClientCode.POLICY_REFUSED  # noise that fits the sum's L2 norm would not cover it
     return site.odometer.witness(ask.population, ask.head)
 
 
@@ -201,8 +206,10 @@ def origin_of(error: BaseException) -> str:
 def _noise_share(
     total: NDArray[np.int64], ask: Ask, max_clients: int, stream: KeyStream
 ) -> NDArray[np.int64]:
-    """The sum with the noise that this client owes under the run's placement."""
+    """The sum with the noise that this client owes under the run's placement, or its choice."""
     query: Query = ask.query
+    if query.choice is not None and query.choice.where == "client":
+        return chosen(total, query, max_clients=max_clients, stream=stream)
     stddev = query.noise_multiplier * query.clip * max_clients
     match ask.placement:
         case NoisePlacement.CENTRAL:

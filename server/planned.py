@@ -13,7 +13,8 @@ import numpy as np
 from ..core import accounting
 from ..core.config import RunConfig, read_started
 from ..core.errors import ConfigError
-from ..core.query import Strategy
+from ..core.privacy import NoisePlacement
+from ..core.query import Strategy, trusts_server
 from ..core.schema import Schema
 from ..core.seeds import rounds_rng, sample_rng
 from ..strategies.registry import build_strategy, settings_of
@@ -82,7 +83,16 @@ def plan_of(config: RunConfig, *, run: str | None = None) -> Plan:
       ConfigError: A setting, the strategy or the budget cannot be.
     """
     schema = Schema.read(config.path(config.data.schema_path))
-    strategy = build_strategy(config.strategy.name, config.strategy.settings)
+    strategy = build_strategy(
+        config.strategy.name, config.strategy.settings, is_open=schema.is_open
+    )
+    if trusts_server(strategy) and config.noise.placement is not NoisePlacement.CENTRAL:
+        raise ConfigError(
+            f"strategy {config.strategy.name!r} with these settings lets the server choose by the"
+            " exact sum of all clients, which it sees under noise.placement = 'central' only, not"
+            f" {config.noise.placement.value!r}. Use 'central' if clients trust the server, or a"
+            " strategy or setting that needs noisy sums alone, as aim with select = 'sums'"
+        )
     budget = config.run_budget
     noise = accounting.calibrate(lambda z: strategy.event(schema, z), budget)
     event = strategy.event(schema, noise)

@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 
 from ..client.respond import block_sum
 from ..core import accounting
+from ..core.choice import chosen, score_sensitivity
 from ..core.errors import ConfigError
 from ..core.mechanism import Lattice, noised, real_sum
-from ..core.query import NoisySum, Query, Strategy
+from ..core.query import NoisySum, Query, Strategy, trusts_server
 from ..core.randomness import OsKeyStream
 from ..core.records import BoundedShard, Records
 from ..core.schema import Column, ImageColumn, Schema
 from ..core.synthesizer import Synthesizer
-from ..strategies.registry import build, settings_of
+from ..strategies.discovered import Discovered
+from ..strategies.registry import built, settings_of
 
 if TYPE_CHECKING:
     from ..core.randomness import KeyStream
@@ -93,6 +95,8 @@ def made_up(schema: Schema, records_per_user: list[int], seed: int) -> BoundedSh
     rng = np.random.default_rng(seed)
     num_records = sum(records_per_user)
     codes = np.stack([rng.integers(0, c, num_records) for c in schema.shape], axis=1)
+    texts = rng.integers(97, 123, (num_records, 4 * (schema.num_codes - len(schema.columns))))
+    codes = np.concatenate([codes, texts.astype(np.uint8).view("<i4")], axis=1)
     images = None
     if schema.image is not None:
         images = rng.integers(0, 256, (num_records, *schema.image.shape), dtype=np.uint8)
@@ -164,6 +168,7 @@ class _Trial:
         yield "its settings survive as JSON", self.settings_survive
         yield "its queries add up to its event", self.queries_match_event
         yield "one user moves each sum by at most the clip", self.one_user_is_bounded
+        yield "it says beforehand that the server is to choose", self.trust_is_declared
         yield "no user's answer depends on another user's records", self.users_are_apart
         yield "an empty shard and a single user are answered", self.small_shards_work
         yield "the same sums give the same synthesizer", self.replay_is_exact
@@ -181,7 +186,9 @@ class _Trial:
 
     def settings_survive(self) -> None:
         settings = json.loads(settings_of(self.strategy))
-        again = build(type(self.strategy), settings, "strategy")
+        wraps = isinstance(self.strategy, Discovered)
+        kind = type(self.strategy.inner if isinstance(self.strategy, Discovered) else self.strategy)
+        again = built(kind, settings, "strategy", is_open=wraps)
         if again != self.strategy:
             raise Broken(f"{settings_of(self.strategy)} reads back as {settings_of(again)}")
 
@@ -199,13 +206,17 @@ class _Trial:
             without = self.sum_of(query, self.shard)
             for what, user in self.arbitrary_users():
                 for order in ((self.shard, user), (user, self.shard)):
-                    moved = self.sum_of(query, joined(*order)) - without
-                    length = float(np.sqrt((moved.astype(np.float64) ** 2).sum()))
+                    length = _length(query, self.sum_of(query, joined(*order)) - without)
                     if length > bound * (1 + 1e-12):
                         raise Broken(
                             f"query {query.name!r}: a user with {what} moves the sum by"
                             f" {length / bound:.6f} clips"
                         )
+
+    def trust_is_declared(self) -> None:
+        asked = any(q.choice is not None and q.choice.where == "server" for q in self.queries)
+        if asked and not trusts_server(self.strategy):
+            raise Broken("it asks the server to choose; give it `trusts_server = True`")
 
     def users_are_apart(self) -> None:
         for query in self.queries:
@@ -277,7 +288,7 @@ class _Trial:
     def saving_is_exact(self) -> None:
         settings = json.loads(json.dumps(self.learned.settings(), allow_nan=False))
         tensors = {name: np.array(t) for name, t in self.learned.tensors().items()}
-        again = type(self.learned).restore(self.schema, settings, tensors)
+        again = type(self.learned).restore(self.learned.schema, settings, tensors)
         first = self.learned.sample(50, np.random.default_rng(4))
         second = again.sample(50, np.random.default_rng(4))
         if not _equal(first.codes, second.codes) or not _equal(first.images, second.images):
@@ -317,7 +328,11 @@ class _Trial:
         return self.strategy.rounds(self.schema, _NOISE, np.random.default_rng([5, 1]))
 
     def measured(self, query: Query, stream: "KeyStream") -> NoisySum:
-        """A noised sum over the trial's shard."""
+        """A noised sum over the trial's shard, or what is chosen by it."""
+        if query.choice is not None:
+            total = chosen(self.sum_of(query, self.shard), query, max_clients=1, stream=stream)
+            nominal = query.noise_multiplier * score_sensitivity(query)
+            return NoisySum(total.astype(np.float64), nominal, num_clients=1)
         lattice, stddev = Lattice.of(query), query.noise_multiplier * query.clip
         total = noised(
             self.sum_of(query, self.shard), stddev=stddev, lattice=lattice, stream=stream
@@ -329,13 +344,20 @@ class _Trial:
         return block_sum(self.strategy, query, shard, seed=(5, 1))
 
     def replayed(self, sums: list[NoisySum], void: set[int] | None = None) -> Synthesizer:
-        """What a fresh generator makes of recorded sums; those in `void` are withheld."""
+        """What a fresh generator makes of recorded sums; those in `void` are withheld.
+
+        What is asked otherwise after a void round is measured anew.
+        """
         rounds = self.rounds()
         try:
             query = next(rounds)
             for number in range(len(sums)):
-                lost = number in (void or set())
-                query = rounds.send(NoisySum.void(query) if lost else sums[number])
+                noisy = sums[number]
+                if number in (void or set()):
+                    noisy = NoisySum.void(query)
+                elif len(noisy.vector) != query.answer_dim:
+                    noisy = self.measured(query, OsKeyStream())
+                query = rounds.send(noisy)
         except StopIteration as end:
             learned: Synthesizer = end.value
             return learned
@@ -359,11 +381,12 @@ class _Trial:
     def sampled(self, learned: Synthesizer, num_records: int) -> None:
         """A sample must fit the schema."""
         records = learned.sample(num_records, np.random.default_rng(num_records))
-        if records.codes.shape != (num_records, len(self.schema.columns)):
+        schema = learned.schema  # found by the run, where the given one has open columns
+        if records.codes.shape != (num_records, len(schema.columns)):
             raise Broken(f"asked for {num_records} records, it gives {records.codes.shape}")
         if records.codes.dtype != np.int32:
             raise Broken(f"codes must be int32, not {records.codes.dtype}")
-        outside = (records.codes < 0) | (records.codes >= np.array(self.schema.shape))
+        outside = (records.codes < 0) | (records.codes >= np.array(schema.shape))
         if outside.any():
             raise Broken("it samples a code outside the schema")
         if self.schema.image is not None:
@@ -380,6 +403,14 @@ class _Trial:
             raise Broken("the same sums and the same rng give another synthesizer")
         if first.settings() != second.settings():
             raise Broken("the same sums and the same rng give other settings")
+
+
+def _length(query: Query, moved: NDArray[np.int64]) -> float:
+    """How far a sum was moved: in L2, or, for a choice, in L1 in the block that it hit hardest."""
+    steps = np.abs(moved.astype(np.float64))
+    if query.choice is not None:
+        return float(np.add.reduceat(steps, query.choice.starts[:-1]).max())
+    return float(np.sqrt(steps @ steps))
 
 
 def _equal(one: NDArray[Any] | None, two: NDArray[Any] | None) -> bool:

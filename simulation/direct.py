@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core import mechanism
-from ..core.query import Query, Strategy
+from ..core.choice import best, chosen, score_sensitivity
+from ..core.query import NoisySum, Query, Strategy
 from ..core.randomness import KeyStream, OsKeyStream, coins
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
@@ -47,6 +48,8 @@ def direct_run(
     secret = OsKeyStream() if stream is None else stream
 
     def noisy(query: Query, total: NDArray[np.int64]) -> NDArray[np.int64]:
+        if query.choice is not None:
+            return chosen(total, query, max_clients=1, stream=secret)
         stddev = query.noise_multiplier * query.clip
         lattice = mechanism.Lattice.of(query)
         return mechanism.noised(total, stddev=stddev, lattice=lattice, stream=secret)
@@ -59,7 +62,8 @@ def non_private(
 ) -> Synthesizer:
     """What a strategy learns from exact sums: the bound that no amount of budget passes.
 
-    Users are clipped and sampled as ever, but no noise is added; a sum's standard deviation is
+    Users are clipped and sampled as ever, but no noise is added, and a choice falls on the
+    candidates of the highest scores; a sum's standard deviation is
     reported as a billionth of its clip or less, since a strategy may divide by it.
 
     Args:
@@ -71,7 +75,11 @@ def non_private(
     Privacy:
       None. The result is for comparison only and must not leave the owner of the records.
     """
-    return _drive(strategy, schema, shard, _TINY, rng, OsKeyStream(), lambda query, total: total)
+
+    def exact(query: Query, total: NDArray[np.int64]) -> NDArray[np.int64]:
+        return total if query.choice is None else best(total, query)
+
+    return _drive(strategy, schema, shard, _TINY, rng, OsKeyStream(), exact)
 
 
 def prior(
@@ -105,17 +113,25 @@ def _drive(
     query = next(rounds)
     while True:
         total = noisy(query, _summed(strategy, query, shard, local, stream))
-        sent = mechanism.real_sum(
-            total,
-            stddev=query.noise_multiplier * query.clip,
-            lattice=mechanism.Lattice.of(query),
-            num_clients=1,
-        )
+        sent = _as_sent(query, total)
         try:
             query = rounds.send(sent)
         except StopIteration as end:
             learned: Synthesizer = end.value
             return learned
+
+
+def _as_sent(query: Query, total: NDArray[np.int64]) -> NoisySum:
+    """What a strategy is given: a sum in the vectors' own unit, or what was chosen."""
+    if query.choice is not None:
+        stddev = query.noise_multiplier * score_sensitivity(query)
+        return NoisySum(total.astype(np.float64), stddev, num_clients=1)
+    return mechanism.real_sum(
+        total,
+        stddev=query.noise_multiplier * query.clip,
+        lattice=mechanism.Lattice.of(query),
+        num_clients=1,
+    )
 
 
 def _summed(
@@ -138,6 +154,6 @@ def _summed(
 
 def _nobody(schema: Schema) -> BoundedShard:
     """A shard without users."""
-    codes = np.zeros((0, len(schema.columns)), dtype=np.int32)
+    codes = np.zeros((0, schema.num_codes), dtype=np.int32)
     images = None if schema.image is None else np.zeros((0, *schema.image.shape), dtype=np.uint8)
     return BoundedShard(Records(codes, images), np.zeros(0, dtype=np.int64), 0, 1)

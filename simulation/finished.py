@@ -105,7 +105,7 @@ def finished(folder: Path, config: RunConfig) -> Finished:
         name = config.population.name
         population = next(p for p in ledger.populations() if p.name == name)
     quality, by_column = None, {}
-    schema = release.card.schema
+    schema = release.synthesizer.schema
     if config.engine.kind != "superlink" and config.data.path is not None and schema.columns:
         real = population_of(config, schema).records
         synthetic = release.synthesizer.sample(

@@ -9,15 +9,24 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 
 from ..core.errors import ConfigError
 from ..core.open_codes import MISSING_NUMBER, bytes_of, number_codes, text_words
-from ..core.query import Contribution, NoisySum, Query, Rounds, Strategy
+from ..core.query import (
+    Contribution,
+    NoisySum,
+    Query,
+    Rounds,
+    Strategy,
+    caution_of,
+    trusts_server,
+)
 from ..core.records import BoundedShard, Records
 from ..core.schema import MAX_OPEN_BYTES, Column, Schema
 from .parts.heavy_texts import TextSketch, text_keys
 from .parts.histograms import norm_clip
-from .parts.quantiles import CountTree, bin_edges, coarse_edges, finer_edges
+from .parts.quantiles import TAIL, CountTree, bin_edges, coarse_edges, finer_edges
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
@@ -28,6 +37,8 @@ OTHER = "(other)"
 _FOUND = "measured: found in the domain rounds of the run"
 _FINE_CELLS = 512  # of a number in the second round
 _COARSE_SHARE = 0.4  # of a number's part of the budget, for the first round
+_READABLE = 14.0  # noise deviations of users from which eight letters can mostly be read
+_FIRST, _SECOND = "domain", "domain_bins"
 _PREFIX = "domain_"
 
 
@@ -75,6 +86,7 @@ class Discovered(Strategy):
     domain_norm: float = 1.0
     domain_surprise: float = 1e-6
     name: ClassVar[str] = "discovered"
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True)
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
@@ -88,6 +100,21 @@ class Discovered(Strategy):
             raise ConfigError(
                 f"domain_surprise must lie between 0 and 0.5, not {self.domain_surprise!r}"
             )
+
+    @property
+    def trusts_server(self) -> bool:
+        """Whether the inner strategy has the server choose by exact sums."""
+        return trusts_server(self.inner)
+
+    @property
+    def caution(self) -> str:
+        """What the inner strategy warns of."""
+        return caution_of(self.inner)
+
+    @property
+    def caution(self) -> str:
+        """What the inner strategy warns of."""
+        return str(getattr(self.inner, "caution", ""))
 
     @property
     def max_norm(self) -> float | None:
@@ -126,12 +153,12 @@ class Discovered(Strategy):
             if c.is_open and c.kind != "category"
         ]
         texts = _texts_of(schema)
-        first = _Question("domain", numbers, texts)
+        first = _Question(_FIRST, numbers, texts)
         noisy = yield first.query(noise[0], self.domain_norm)
         values = [self._values(first, noisy, i) for i in range(len(texts))]
         numbers = [first.bins(noisy, i) for i in range(len(numbers))]
         if numbers:
-            second = _Question("domain_bins", [bins.finer(_FINE_CELLS) for bins in numbers], [])
+            second = _Question(_SECOND, [bins.finer(_FINE_CELLS) for bins in numbers], [])
             noisy = yield second.query(noise[1], self.domain_norm)
             if not noisy.is_void:
                 numbers = [second.bins(noisy, i) for i in range(len(numbers))]
@@ -159,11 +186,35 @@ class Discovered(Strategy):
         inputs = {k: v for k, v in query.inputs.items() if not k.startswith(_PREFIX)}
         return self.inner.answer(replace(query, inputs=inputs), _recoded(domain, shard), rng)
 
+    def expected(self, schema: Schema, query: str, stddev: float) -> str:
+        """What a domain round will find, in words; empty for a question of the inner strategy.
+
+        Args:
+          schema: The open schema.
+          query: Name of the question.
+          stddev: Noise of each cell of its sum.
+        """
+        told = []
+        if query == _FIRST and any(c.num_words for c in schema.columns):
+            threshold = self._threshold(stddev, 0.0) / TextSketch(1).heights[0]
+            users = max(threshold, _READABLE * stddev) / min(self.domain_norm, 1.0)
+            told.append(f"a category of about {users:,.0f} users is found, a rarer one is not")
+        if query in (_FIRST, _SECOND) and any(c.kind != "category" for c in _open(schema)):
+            users = TAIL * stddev * math.sqrt(CountTree(_FINE_CELLS).num_levels)
+            told.append(f"bounds of numbers leave out about {users:,.0f} users at either end")
+        return "; ".join(told)
+
+    def _threshold(self, stddev: float, clip: float) -> float:
+        """What a bucket must reach, so that one user's alone passes only with `domain_surprise`."""
+        from scipy.stats import norm
+
+        return float(norm.isf(self.domain_surprise)) * stddev + clip
+
     def _noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
         """Noise multiplier of each domain round and, last, of the inner strategy."""
         from ..core.accounting import split
 
-        opened = [c for c in schema.columns if c.is_open]
+        opened = _open(schema)
         fine = (1 - _COARSE_SHARE) * sum(c.kind != "category" for c in opened) / len(opened)
         shares = [1 - fine, fine] if fine else [1.0]
         return split(
@@ -172,15 +223,12 @@ class Discovered(Strategy):
 
     def _values(self, question: "_Question", noisy: NoisySum, index: int) -> list[str]:
         """Categories read from a sketch, the most frequent first."""
-        from scipy.stats import norm
-
         if noisy.is_void:
             return []
         found = question.sketches[index].texts(
             question.part(noisy, len(question.numbers) + index),
             stddev=noisy.stddev,
-            threshold=float(norm.isf(self.domain_surprise)) * noisy.stddev
-            + question.clip(self.domain_norm),
+            threshold=self._threshold(noisy.stddev, question.clip(self.domain_norm)),
             max_texts=self.domain_values,
         )
         return [text for text, _ in found if text != OTHER]
@@ -363,6 +411,11 @@ class _Domain:
 def open_aware(strategy: Strategy, schema: Schema, settings: Mapping[str, Any]) -> Strategy:
     """The strategy, wrapped if the schema has open columns."""
     return Discovered(strategy, **settings) if schema.is_open else strategy
+
+
+def _open(schema: Schema) -> list[Column]:
+    """The open columns of a schema."""
+    return [column for column in schema.columns if column.is_open]
 
 
 def _texts_of(schema: Schema) -> list[_Text]:

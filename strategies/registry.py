@@ -16,24 +16,31 @@ from ..core.errors import ConfigError
 from ..core.query import Strategy
 from ..core.synthesizer import Synthesizer
 from ..core.wire import canonical
+from .discovered import Discovered
 
 T = TypeVar("T")
 
 STRATEGIES = {
     "independent": "strategies.independent:Independent",
     "mst": "strategies.mst:Mst",
+    "privsyn": "strategies.privsyn:Privsyn",
     "private_evolution": "strategies.private_evolution:PrivateEvolution",
     "dp_merf": "strategies.dp_merf:DpMerf",
     "dp_fedavg": "strategies.dp_fedavg:DpFedAvg",
+    "relational": "strategies.relational:Relational",
+    "dpdsyn": "strategies.dpdsyn:DpdSyn",
 }
 AGGREGATORS = {"sum": "core.aggregator:Sum"}
 SYNTHESIZERS = {
     "columns": "strategies.independent:Columns",
     "tree": "strategies.mst:Tree",
+    "edited": "strategies.privsyn:Edited",
     "graph": "strategies.parts.graph:Graph",
+    "household": "strategies.relational:Household",
     "pool": "strategies.private_evolution:Pool",
     "network": "strategies.parts.generator:Network",
     "autoencoder": "strategies.dp_fedavg:Autoencoder",
+    "guided": "strategies.dpdsyn:Guided",
 }
 
 
@@ -42,14 +49,30 @@ def strategy_names() -> list[str]:
     return sorted({*STRATEGIES, *_plugins("fedsynth.strategies")})
 
 
-def build_strategy(name: str, settings: Mapping[str, Any]) -> Strategy:
+def build_strategy(name: str, settings: Mapping[str, Any], *, is_open: bool = False) -> Strategy:
     """A strategy by its name, or by `module:Name`, with its settings checked.
+
+    Args:
+      name: Its name.
+      settings: Its fields; those of `Discovered`, which begin with `domain_`, among them.
+      is_open: The schema has open columns, so that their domains are to be found first.
 
     Raises:
       ConfigError: No such strategy, an unknown key, or a value of the wrong type or range.
     """
     kind = find("strategy", name, STRATEGIES, "fedsynth.strategies", Strategy)  # type: ignore[type-abstract]
-    return build(kind, settings, f"strategy {name!r}")
+    return built(kind, settings, f"strategy {name!r}", is_open=is_open)
+
+
+def built(
+    kind: type[Strategy], settings: Mapping[str, Any], where: str, *, is_open: bool
+) -> Strategy:
+    """A strategy of a class, as `build_strategy` makes it."""
+    if not is_open:
+        return build(kind, settings, where)
+    own = {key: value for key, value in settings.items() if not key.startswith("domain_")}
+    domain = {key: value for key, value in settings.items() if key.startswith("domain_")}
+    return build(Discovered, {"inner": build(kind, own, where), **domain}, where)
 
 
 def build_aggregator(name: str, settings: Mapping[str, Any]) -> Aggregator:
@@ -65,7 +88,10 @@ def build_aggregator(name: str, settings: Mapping[str, Any]) -> Aggregator:
 
 def settings_of(strategy: Strategy) -> str:
     """A strategy's settings as canonical JSON; `build_strategy` reads them back."""
-    return canonical(dataclasses.asdict(strategy))  # type: ignore[call-overload]
+    settings = dataclasses.asdict(strategy)  # type: ignore[call-overload]
+    if isinstance(strategy, Discovered):
+        settings |= settings.pop("inner")
+    return canonical(settings)
 
 
 def synthesizer_class(kind: str) -> type[Synthesizer]:

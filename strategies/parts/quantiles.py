@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ...core.open_codes import single
 
 BRANCHING = 8
-_TAIL = 4.0  # noise deviations of a node's count that the values beyond a bound may weigh
+TAIL = 4.0  # noise deviations of a node's count that the values beyond a bound may weigh
 _CLEAR = 5.0  # deviations that the number of users must stand above zero to say anything
 _EVEN = 0.25  # share of a finer grid's cells that is dealt out whatever the coarse one found
 _LOWEST, _HIGHEST, _STEPS = -20, 40, 8  # the coarse grid: powers of two, and cells between two
@@ -150,8 +150,8 @@ def bin_edges(
 ) -> NDArray[np.float64]:
     """Edges of at most `num_bins` bins that hold about equally many; the outer two are bounds.
 
-    Only edges of the cells are taken. A cell that weighs as much as several bins becomes one bin,
-    so there are fewer then.
+    Only edges of the cells are taken. A cell that weighs more than a bin becomes one bin, and the
+    others share out the rest.
 
     Args:
       edges: Edges of the cells, the two outer ones included, `(cells + 1,)`.
@@ -161,10 +161,22 @@ def bin_edges(
       num_bins: Most bins.
     """
     first, last = _within(counts, stddev)
-    ends = np.cumsum(np.append(0.0, _weights(counts, stddev)[first : last + 1]))
+    weights = _weights(counts, stddev)[first : last + 1]
+    ends = np.cumsum(np.append(0.0, np.minimum(weights, _bin_weight(weights, num_bins))))
     wanted = ends[-1] * np.arange(num_bins + 1) / num_bins
     nearest = np.searchsorted((ends[1:] + ends[:-1]) / 2, wanted)
     return np.asarray(edges[first + np.unique(nearest)])
+
+
+def _bin_weight(weights: NDArray[np.float64], num_bins: int) -> float:
+    """Weight of a bin when cells that are heavier have one bin each."""
+    falling = np.sort(weights[weights > 0])[::-1]
+    rest = np.append(np.cumsum(falling[::-1])[::-1], 0.0)
+    for alone in range(min(num_bins, len(falling))):
+        share = rest[alone] / (num_bins - alone)
+        if falling[alone] <= share:
+            return float(share)
+    return float(falling[-1])
 
 
 def _is_clear(counts: NDArray[np.float64], stddev: float) -> bool:
@@ -182,7 +194,7 @@ def _within(counts: NDArray[np.float64], stddev: float) -> tuple[int, int]:
     if not _is_clear(counts, stddev):
         return 0, len(counts) - 1
     heights = np.cumsum(counts)
-    beyond = min(_TAIL * stddev, heights[-1] / 4)
+    beyond = min(TAIL * stddev, heights[-1] / 4)
     first = int(np.searchsorted(heights, beyond, side="right"))
     last = int(np.searchsorted(heights, heights[-1] - beyond, side="left"))
     return first, max(first, last)
