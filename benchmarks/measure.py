@@ -350,9 +350,12 @@ class Tally:
     def add(self, query: Query) -> None:
         """Count a question."""
         self.rounds += 1
-        self.bytes_up += 8 * query.dim
+        self.bytes_up += 8 * query.reply_dim
         self.bytes_down += sum(array.nbytes for array in query.inputs.values())
-        self.only_sums = self.only_sums and type(query) is Query
+        if query.choice is not None:
+            self.only_sums = False
+            if query.choice.where == "client":
+                self.bytes_down += query.choice.estimates.nbytes
 
 
 class Counted:
