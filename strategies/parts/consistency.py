@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from .histograms import Measured
 from .simplex import to_simplex
 
-_FITTINGS = 8  # proportional fittings of a table to its columns
+_FITTINGS = 20  # proportional fittings of a table to its columns
+_FLOOR = 1e-3  # share of independent columns that is mixed in, so that no row lacks a cell
 
 
 def agreed(
@@ -67,7 +68,7 @@ def plausible(
     spread = np.ones(counts.shape)
     for axis, margin in enumerate(margins):
         spread = spread * _along(margin / total, axis, counts.ndim)
-    table = table + 1e-9 * total * spread  # no row is without a cell to scale up
+    table = table + _FLOOR * total * spread
     for _ in range(_FITTINGS):
         for axis, margin in enumerate(margins):
             found = _summed(table, (axis,))

@@ -74,7 +74,7 @@ def gum(
       https://arxiv.org/abs/2012.15128. Here the records of a target are moved all at once, and
       their number in a cell is rounded without bias, so small gaps close too.
     """
-    checked(codes, targets)
+    checked(targets, codes.shape[1])
     if passes < 0:
         raise ConfigError(f"passes must be 0 or more, not {passes!r}")
     if not (0 < step_first <= 1 and 0 < step_last <= 1):
@@ -187,8 +187,8 @@ def _is_whole(grid: Grid) -> bool:
     return grid.size == len(grid.groups) and bool((grid.groups == np.arange(grid.size)).all())
 
 
-def checked(codes: NDArray[np.int32], targets: Sequence[Target]) -> None:
-    """Refuse targets that records with these columns cannot have.
+def checked(targets: Sequence[Target], num_columns: int) -> None:
+    """Refuse targets that records of so many columns cannot have.
 
     Raises:
       ConfigError: A target is no distribution over cells of some of the columns.
@@ -198,7 +198,7 @@ def checked(codes: NDArray[np.int32], targets: Sequence[Target]) -> None:
         if not (
             target.grids
             and len(set(names)) == len(names)
-            and all(0 <= name < codes.shape[1] for name in names)
+            and all(0 <= name < num_columns for name in names)
             and target.probs.shape == tuple(grid.size for grid in target.grids)
             and (target.probs >= 0).all()
             and math.isclose(float(target.probs.sum()), 1.0, rel_tol=1e-6)

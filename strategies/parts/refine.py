@@ -61,7 +61,7 @@ def refined(
     Raises:
       ConfigError: A setting is out of range, or a target does not fit the records' columns.
     """
-    checked(codes, targets)
+    checked(targets, codes.shape[1])
     if passes < 0 or batches < 1:
         raise ConfigError(f"passes must be 0 or more and batches 1 or more: {passes}, {batches}")
     if not (0 < accept_first <= 1 and 0 < accept_last <= 1):
