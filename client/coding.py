@@ -90,9 +90,19 @@ class Coder:
         array = values.combine_chunks()
         if isinstance(array, pa.ChunkedArray):
             array = array.chunk(0) if array.num_chunks else pa.array([], type=array.type)
-        if array.type == pa.string_view() or array.type == pa.float16():  # neither has an encoding
-            array = array.cast(pa.float32() if array.type == pa.float16() else pa.large_string())
-        return f"{where}: column {self.column.name!r}", array
+        where = f"{where}: column {self.column.name!r}"
+        if pa.types.is_run_end_encoded(array.type):
+            array = pc.run_end_decode(array)
+        if pa.types.is_nested(array.type):
+            raise ShardError(
+                f"{where}: expected one value in each record, found {array.type}; flatten it"
+            )
+        if pa.types.is_dictionary(array.type) and _encodable(array.type.value_type) is not None:
+            entries = array.dictionary.cast(_encodable(array.type.value_type))
+            array = pa.DictionaryArray.from_arrays(array.indices, entries)
+        elif (kind := _encodable(array.type)) is not None:
+            array = array.cast(kind)
+        return where, array
 
     def _category_codes(self, array: pa.Array, where: str) -> NDArray[np.int32]:
         """Cell of each value of a category; -1 stands for a value without one on the way."""
@@ -155,6 +165,15 @@ class Coder:
         absent = whole.is_null().to_numpy(zero_copy_only=False)
         seconds = whole.fill_null(0).to_numpy().astype(np.int64) * long // per_second
         return np.where(absent, np.nan, seconds // SECONDS[self.column.resolution])
+
+
+def _encodable(kind: pa.DataType) -> pa.DataType | None:
+    """The type to use in place of one that Arrow can neither encode nor take; `None`: it can."""
+    if kind == pa.string_view():
+        return pa.large_string()
+    if kind == pa.binary_view():
+        return pa.large_binary()
+    return pa.float32() if kind == pa.float16() else None
 
 
 def _seconds(texts: pa.Array) -> NDArray[np.float64]:
