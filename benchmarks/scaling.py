@@ -108,7 +108,7 @@ def measured_point(point: Point, method: str) -> dict[str, float]:
     counted: Any = Counted(strategy, tally)
     stream: Any = source  # all that `direct_run` reads of a shard
     with report.cpu_timer() as spent:
-        learned = direct_run(counted, schema, stream, dial, rng=rng)
+        learned = direct_run(counted, schema, [stream], dial, rng=rng)
         made = learned.sample(FRESH, rng)
     peak = report.peak_rss_bytes()
     fresh = Records(source.law.codes(FRESH, np.random.default_rng(2)))

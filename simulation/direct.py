@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drive a strategy in this process, without ledger or client: for research, never for a release."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +23,13 @@ _MOST_USERS = 1 << 13  # users in a block
 def direct_run(
     strategy: Strategy,
     schema: Schema,
-    shard: BoundedShard,
+    shard: BoundedShard | Sequence[BoundedShard],
     noise_multiplier: float,
     *,
     rng: np.random.Generator,
     stream: KeyStream | None = None,
 ) -> Synthesizer:
-    """What a strategy learns from one shard, with the noise of a run and none of its safeguards.
+    """What a strategy learns from its users, with the noise of a run and none of its safeguards.
 
     The sums are those of a run with central noise: clipped, on the lattice, with noise from the
     operating system. But nothing is charged, no policy is asked and nobody keeps a record, so
@@ -37,7 +38,8 @@ def direct_run(
     Args:
       strategy: The method.
       schema: Public schema of the records.
-      shard: All users, as one client.
+      shard: All users, as one client; or one shard a client, which makes a difference only to a
+        strategy that has clients choose.
       noise_multiplier: The run's dial, as from `accounting.calibrate`.
       rng: Public randomness of the strategy.
       stream: Secret randomness of noise and sampling; `None`: the operating system's.
@@ -54,7 +56,8 @@ def direct_run(
         lattice = mechanism.Lattice.of(query)
         return mechanism.noised(total, stddev=stddev, lattice=lattice, stream=secret)
 
-    return _drive(strategy, schema, shard, noise_multiplier, rng, secret, noisy)
+    clients = [shard] if isinstance(shard, BoundedShard) else shard
+    return _drive(strategy, schema, clients, noise_multiplier, rng, secret, noisy)
 
 
 def non_private(
@@ -79,7 +82,7 @@ def non_private(
     def exact(query: Query, total: NDArray[np.int64]) -> NDArray[np.int64]:
         return total if query.choice is None else best(total, query)
 
-    return _drive(strategy, schema, shard, _TINY, rng, OsKeyStream(), exact)
+    return _drive(strategy, schema, [shard], _TINY, rng, OsKeyStream(), exact)
 
 
 def prior(
@@ -101,7 +104,7 @@ def prior(
 def _drive(
     strategy: Strategy,
     schema: Schema,
-    shard: BoundedShard,
+    clients: Sequence[BoundedShard],
     noise_multiplier: float,
     rng: np.random.Generator,
     stream: KeyStream,
@@ -112,8 +115,12 @@ def _drive(
     rounds = strategy.rounds(schema, noise_multiplier, rng)
     query = next(rounds)
     while True:
-        total = noisy(query, _summed(strategy, query, shard, local, stream))
-        sent = _as_sent(query, total)
+        sums = (_summed(strategy, query, shard, local, stream) for shard in clients)
+        if query.choice is not None and query.choice.where == "client":
+            total = _added(noisy(query, own) for own in sums)
+        else:
+            total = noisy(query, _added(sums))
+        sent = _as_sent(query, total, len(clients))
         try:
             query = rounds.send(sent)
         except StopIteration as end:
@@ -121,16 +128,21 @@ def _drive(
             return learned
 
 
-def _as_sent(query: Query, total: NDArray[np.int64]) -> NoisySum:
+def _added(totals: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The sum of at least one array."""
+    return reduce(np.add, totals)
+
+
+def _as_sent(query: Query, total: NDArray[np.int64], num_clients: int) -> NoisySum:
     """What a strategy is given: a sum in the vectors' own unit, or what was chosen."""
     if query.choice is not None:
         stddev = query.noise_multiplier * score_sensitivity(query)
-        return NoisySum(total.astype(np.float64), stddev, num_clients=1)
+        return NoisySum(total.astype(np.float64), stddev, num_clients)
     return mechanism.real_sum(
         total,
         stddev=query.noise_multiplier * query.clip,
         lattice=mechanism.Lattice.of(query),
-        num_clients=1,
+        num_clients=num_clients,
     )
 
 
