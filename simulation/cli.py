@@ -149,6 +149,12 @@ def init(
         list[str] | None,
         typer.Option(metavar="COLUMN=FILE|a,b,c", help="Public categories, one a line in a file."),
     ] = None,
+    private: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN", help="Have the run find its bounds or categories, under its budget."
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Keep a column whose name looks identifying.")
     ] = None,
@@ -169,6 +175,7 @@ def init(
         num_users=num_users,
         bounds={name: _low_high(name, text) for name, text in _pairs("bounds", bounds)},
         categories={name: _listed(text) for name, text in _pairs("categories", categories)},
+        private=private or (),
         keep=keep or (),
         target=target,
         epsilon=epsilon,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ..client.files import SeenColumn, columns_of
 from ..core.errors import ConfigError, DataError, SchemaError
+from ..core.schema import OPEN
 
 HOLE = "FILL IN"
 _DATES = 'bounds = ["2015-01-01", "2024-12-31"]'
@@ -45,6 +46,7 @@ class Found:
       shape: Height, width and channels of an image.
       categories: Given by the caller, or by the type itself.
       bounds: Given by the caller.
+      is_open: The run is to find them, under its budget.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Found:
     shape: tuple[int, int, int] | None = None
     categories: tuple[str, ...] = ()
     bounds: tuple[float, float] | None = None
+    is_open: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def draft(
     keep: Sequence[str] = (),
     bounds: Mapping[str, tuple[float, float]] | None = None,
     categories: Mapping[str, tuple[str, ...]] | None = None,
+    private: Sequence[str] = (),
     num_users: int | None = None,
     target: str | None = None,
     epsilon: float = 1.0,
@@ -100,6 +104,7 @@ def draft(
       keep: Columns to keep although their names look as if they identify people.
       bounds: Public bounds of numbers, by column.
       categories: Public categories, by column; a number given categories becomes one.
+      private: Columns whose bounds or categories the run is to find, under its budget.
       num_users: Public lower bound on the number of users.
       target: The column a reader of the synthetic data wants to predict.
       epsilon: Budget of the run; the population's is four times as much, up to 10.
@@ -116,16 +121,17 @@ def draft(
     bounds, categories = bounds or {}, categories or {}
     columns = [_found(column) for column in columns_of(path)]
     names = [column.name for column in columns]
-    for name in (*bounds, *categories, *keep, user, target):
+    for name in (*bounds, *categories, *private, *keep, user, target):
         if name is not None and name not in names:
             raise ConfigError(f"no column {name!r} in {path.name}; there are {', '.join(names)}")
-    kept = {*keep, *bounds, *categories, target}
+    kept = {*keep, *bounds, *categories, *private, target}
     judged = tuple(
         replace(column, role="user id", note="keys the promise; never synthesized")
         if column.name == user
         else _judged(column, column.name in kept, bounds, categories)
         for column in columns
     )
+    judged = tuple(_opened(column, private) for column in judged)
     if not any(column.role == "feature" for column in judged):
         raise DataError(f"{path.name} has no column to synthesize; keep one with --keep NAME")
     image = any(column.type == "image" and column.role == "feature" for column in judged)
@@ -220,9 +226,11 @@ def _judged(
         return replace(column, type=kind, bounds=bounds[name])
     match column.type:
         case "integer" | "real":
-            return replace(column, needs="bounds", note=f"--bounds {name}=LOW,HIGH")
+            note = f"--bounds {name}=LOW,HIGH or --private {name}"
+            return replace(column, needs="bounds", note=note)
         case "category":
-            return replace(column, needs="categories", note=f"--categories {name}=FILE")
+            note = f"--categories {name}=FILE or --private {name}"
+            return replace(column, needs="categories", note=note)
         case "date":
             return replace(column, needs="bounds", note=f"in schema.toml: {_DATES}")
         case "boolean" | "image":
@@ -230,6 +238,18 @@ def _judged(
         case _:
             note = "neither text nor number: code it first"
             return replace(column, role="left out", note=note)
+
+
+def _opened(column: Found, private: Sequence[str]) -> Found:
+    """A column whose domain the run is to find, if it is one of those named."""
+    if column.name not in private:
+        return column
+    if not column.needs or column.type not in ("integer", "real", "category"):
+        raise ConfigError(
+            f"column {column.name!r} needs no bounds or categories that a run could find"
+        )
+    note = "found by the run, under its budget"
+    return replace(column, needs="", note=note, is_open=True)
 
 
 def _identifying(name: str) -> str:
@@ -317,6 +337,10 @@ def _entry(column: Found) -> str:
     if column.role == "user id":
         return f'[columns.{key}]\ntype = "id"  # keys the promise; never synthesized\n'
     lines = [f"[columns.{key}]", f"type = {_quoted(column.type)}"]
+    if column.is_open:
+        domain = "categories" if column.type == "category" else "bounds"
+        lines += [f"{domain} = {_quoted(OPEN)}", "missing = true"]
+        return "\n".join(lines) + "\n"
     if column.shape:
         lines.append(f"shape = {list(column.shape)}")
     elif column.categories:
@@ -324,9 +348,12 @@ def _entry(column: Found) -> str:
     elif column.bounds:
         lines.append(f"bounds = [{column.bounds[0]!r}, {column.bounds[1]!r}]")
     elif column.needs == "categories":
-        lines.append(f"categories = {_quoted(HOLE + ': a list of all values')}")
+        what = "a list of all values, or only private, and the run finds them"
+        lines.append(f"categories = {_quoted(f'{HOLE}: {what}')}")
     elif column.needs == "bounds":
-        what = "[first, last], as ISO dates" if column.type == "date" else "[lowest, highest]"
+        what = "[lowest, highest], or only private, and the run finds them"
+        if column.type == "date":
+            what = "[first, last], as ISO dates"
         lines.append(f"bounds = {_quoted(f'{HOLE}: {what}')}")
     origin = "public: declared to fedsynth init"
     if column.needs:

@@ -183,3 +183,20 @@ def test_a_population_never_gets_a_budget_that_needs_consent(patients: Path):
     made = draft(patients, epsilon=4.0)
 
     assert tomllib.loads(made.run_toml)["population"]["epsilon"] == 10
+
+
+def test_private_columns_are_left_to_the_run(patients: Path):
+    made = draft(patients, user="patient_id", private=["age", "sex", "los_days"], num_users=1000)
+
+    schema = Schema.from_json(tomllib.loads(made.schema_toml))
+
+    assert {column.name for column in schema.columns if column.is_open} == {
+        *("age", "sex", "los_days")
+    }
+    assert made.holes == []
+
+
+@pytest.mark.parametrize("name", ["smoker", "patient_id"])
+def test_only_what_needs_bounds_or_categories_can_be_private(patients: Path, name: str):
+    with pytest.raises(ConfigError, match="needs no bounds or categories"):
+        draft(patients, user="patient_id", private=[name])
