@@ -127,6 +127,7 @@ class Card:
       code_digest: SHA-256 of this package's code.
       config_digest: SHA-256 of the run's configuration.
       parents: Runs whose releases this one was built on.
+      caution: What the method warns the users of its records of; empty for most methods.
       rounds: What was asked, in order.
       files: Every other file of the release but `card.md`.
       format: Version of this layout.
@@ -162,6 +163,7 @@ class Card:
     code_digest: str
     config_digest: str
     parents: tuple[str, ...] = ()
+    caution: str = ""
     rounds: tuple[CardRound, ...] = ()
     files: tuple[CardFile, ...] = ()
     format: int = FORMAT
@@ -305,7 +307,9 @@ def _domain(column: Column | ImageColumn) -> str:
     """The public cells of a column, shortened."""
     if isinstance(column, ImageColumn):
         return "uint8 pixels, " + " x ".join(str(side) for side in column.shape)
-    if column.bounds is not None:
+    if column.is_open:
+        cells = "found by the run: see the schema in synthesizer/synthesizer.json"
+    elif column.bounds is not None:
         low, high = (column.spelled(bound) for bound in column.bounds)
         cells = f"{low} to {high} in {column.num_bins} cells"
     else:

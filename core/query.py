@@ -310,6 +310,9 @@ class Strategy(ABC):
 
     A strategy that asks a choice at the server says so beforehand, by an attribute or a property
     `trusts_server` that is true; see `trusts_server`.
+
+    What whoever uses its records must be warned of stands in an attribute or a property `caution`:
+    plain sentences, which a plan and the card of a release show; see `caution_of`.
     """
 
     name: ClassVar[str]
@@ -356,6 +359,11 @@ class Strategy(ABC):
         Privacy:
           No user's vector may depend on another user's records.
         """
+
+
+def caution_of(strategy: Strategy) -> str:
+    """What a strategy warns the users of its records of; empty for most."""
+    return str(getattr(strategy, "caution", ""))
 
 
 def trusts_server(strategy: Strategy) -> bool:

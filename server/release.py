@@ -37,8 +37,8 @@ from .. import __version__
 from ..core import accounting
 from ..core.card import Card, CardFile, code_digest
 from ..core.decode import decode, save_records
-from ..core.errors import ConfigError, FedsynthError, SecurityRefusal
-from ..core.query import Strategy
+from ..core.errors import ConfigError, FedsynthError, SchemaError, SecurityRefusal
+from ..core.query import Strategy, caution_of
 from ..core.records import Records
 from ..core.schema import Schema
 from ..core.seeds import rounds_rng, sample_rng
@@ -135,10 +135,11 @@ class Release:
         content, schema = self._bytes(SETTINGS), self.card.schema
         try:
             data = json.loads(content)
-            if data["format"] != 1 or data["schema"] != schema.to_json():
+            found = _found(schema, data["schema"]) if schema.is_open else schema
+            if data["format"] != 1 or data["schema"] != found.to_json() or not schema.allows(found):
                 raise SecurityRefusal(f"{SETTINGS} is of another format or schema than {CARD}")
-            return synthesizer_class(data["kind"]).restore(schema, data["settings"], tensors)
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            return synthesizer_class(data["kind"]).restore(found, data["settings"], tensors)
+        except (SchemaError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise SecurityRefusal(f"{SETTINGS} does not hold a synthesizer: {error}") from error
 
     @cached_property
@@ -253,6 +254,7 @@ def card_of(plan: "Plan", *, num_records: int, noise_is_secret: bool) -> Card:
         noise_is_secret=noise_is_secret,
         strategy=config.strategy.name,
         settings=plan.facts["settings"],
+        caution=caution_of(plan.strategy),
         noise_multiplier=plan.noise_multiplier,
         aggregator=config.noise.aggregator,
         aggregator_settings=config.noise.aggregator_settings,
@@ -310,7 +312,7 @@ def save(
         if beside.exists():
             shutil.rmtree(beside)
         beside.mkdir(parents=True)
-        save_records(card.schema, records, rng, beside)
+        save_records(synthesizer.schema, records, rng, beside)
         for name, content in files.items():
             write(beside, name, content)
         names = sorted(path.relative_to(beside).as_posix() for path in files_in(beside))
@@ -399,7 +401,7 @@ def _replayed(release: Release, strategy: Strategy | None) -> Synthesizer:
                 f"the method {card.strategy!r} is not built in: replay it in Python, with"
                 " replay(folder, strategy=...), or install it under an entry point"
             )
-        strategy = build_strategy(card.strategy, card.settings)
+        strategy = build_strategy(card.strategy, card.settings, is_open=card.schema.is_open)
     return release.transcript.replay(
         strategy.rounds(card.schema, card.noise_multiplier, rounds_rng(card.seed)),
         max_clients=card.unit.max_clients if card.aggregator == "sum" else 0,
@@ -535,6 +537,8 @@ def _check_replay(release: Release) -> str:
     again, saved = _replayed(release, None), release.synthesizer
     if (again.kind, _json_text(again.settings())) != (saved.kind, _json_text(saved.settings())):
         raise SecurityRefusal("the synthesizer that the sums give has another kind or settings")
+    if again.schema != saved.schema:
+        raise SecurityRefusal("the domains that the sums give are others")
     ours, theirs = _contiguous(again.tensors()), _contiguous(saved.tensors())
     shapes = [{k: (v.dtype, v.shape) for k, v in tensors.items()} for tensors in (ours, theirs)]
     if shapes[0] != shapes[1]:
@@ -556,6 +560,13 @@ def _check_sample(release: Release) -> str:
     if not again.equals(release.data):
         raise SecurityRefusal("data/ is not what the synthesizer gives with the card's seed")
     return f"{card.num_records:,} records are equal"
+
+
+def _found(schema: Schema, data: Mapping[str, Any]) -> Schema:
+    """The schema of a run that found domains, its columns in the order of the public one's."""
+    entries = data["columns"]
+    ordered = {name: entries[name] for name in schema.to_json()["columns"]}
+    return Schema.from_json({**data, "columns": ordered | entries})
 
 
 def _already(folder: Path, run: str) -> Path:

@@ -15,9 +15,10 @@ from ..core.choice import epsilon_of_choice, score_sensitivity
 from ..core.config import RunConfig
 from ..core.errors import BudgetExceeded
 from ..core.privacy import NoisePlacement
-from ..core.query import NoisySum, Query
+from ..core.query import NoisySum, Query, caution_of
 from ..core.wire import told
 from ..server.planned import Plan, plan_of
+from ..strategies.discovered import Discovered
 
 _DRY_RUN_S = 5.0  # a method's public half is driven this long at most; later rounds are assumed
 _BASE_BYTES = 250 << 20  # of a process that has imported what a run needs
@@ -83,6 +84,7 @@ class Outlook:
       per_client: Whether `memory_bytes` is for each client.
       engine: What carries the messages.
       num_clients: Clients that are asked.
+      caution: What the method warns the users of its records of; empty for most.
     """
 
     population: str
@@ -104,6 +106,7 @@ class Outlook:
     per_client: bool
     engine: str
     num_clients: int
+    caution: str = ""
 
     @property
     def num_rounds(self) -> int:
@@ -176,6 +179,7 @@ def outlook(config: RunConfig) -> Outlook:
         per_client=per_client,
         engine=config.engine.kind,
         num_clients=config.engine.clients,
+        caution=caution_of(plan.strategy),
     )
 
 
@@ -219,6 +223,8 @@ def lines_of(seen: Outlook) -> list[tuple[str, str]]:
     )
     for index, step in enumerate(seen.steps):
         lines.append(("" if index else "Expect", f"{step.query}: {step.expect}"))
+    if seen.caution:
+        lines.append(("Caution", seen.caution))
     down = max(step.bytes_down for step in seen.steps)
     up = max(step.bytes_up for step in seen.steps)
     lines.append(
@@ -315,6 +321,10 @@ def _stddev(plan: Plan, query: Query, max_clients: int) -> float:
 
 def _expected(plan: Plan, query: Query, stddev: float) -> str:
     """Signal beside noise, from the declared number of users alone."""
+    if isinstance(plan.strategy, Discovered) and (
+        told := plan.strategy.expected(plan.schema, query.name, stddev)
+    ):
+        return told
     if query.choice is not None:
         epsilon = epsilon_of_choice(query.noise_multiplier * math.sqrt(query.choice.count))
         return (
@@ -362,7 +372,7 @@ def _memory(plan: Plan, queries: list[Query], share: int) -> int:
     """Bytes that a process which holds `1 / share` of the users needs, roughly."""
     config, schema = plan.config, plan.schema
     records = config.population.num_users * config.unit.max_records // share
-    width = 4 * len(schema.columns) + (schema.image.num_pixels if schema.image else 0)
+    width = 4 * schema.num_codes + (schema.image.num_pixels if schema.image else 0)
     sums = 4 * 8 * max(query.dim for query in queries)  # a choice's estimates among them
     dense = 2 * BLOCK_BYTES if any(not query.cells for query in queries) else 0
     return _BASE_BYTES + 3 * records * width + sums + dense

@@ -13,15 +13,7 @@ from pydantic import ConfigDict
 
 from ..core.errors import ConfigError
 from ..core.open_codes import MISSING_NUMBER, bytes_of, number_codes, text_words
-from ..core.query import (
-    Contribution,
-    NoisySum,
-    Query,
-    Rounds,
-    Strategy,
-    caution_of,
-    trusts_server,
-)
+from ..core.query import Contribution, NoisySum, Query, Rounds, Strategy, trusts_server
 from ..core.records import BoundedShard, Records
 from ..core.schema import MAX_OPEN_BYTES, Column, Schema
 from .parts.heavy_texts import TextSketch, text_keys
@@ -105,11 +97,6 @@ class Discovered(Strategy):
     def trusts_server(self) -> bool:
         """Whether the inner strategy has the server choose by exact sums."""
         return trusts_server(self.inner)
-
-    @property
-    def caution(self) -> str:
-        """What the inner strategy warns of."""
-        return caution_of(self.inner)
 
     @property
     def caution(self) -> str:

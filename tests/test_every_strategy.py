@@ -21,7 +21,7 @@ QUICK = {
     "dp_fedavg": {"num_rounds": 3, "num_users": 40, "sampling_prob": 0.5},
     "dp_merf": {"num_steps": 20},
 }
-TABLES_ONLY = {"independent", "mst", "privsyn"}
+TABLES_ONLY = {"dpdsyn", "independent", "mst", "privsyn"}
 CASES = [(name, schema) for name in strategy_names() for schema in ("table", "images")]
 
 
