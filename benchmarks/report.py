@@ -41,6 +41,8 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 if _ROOT not in sys.path:
     sys.path.insert(1, _ROOT)
 
+CLAIM = "claim"  # the metric under which a claim stands in the JSON: 1 if it holds, else 0
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -137,7 +139,12 @@ class Report:
             highlight=False,
         )
         if self._json is not None:
-            text = json.dumps([asdict(f) for f in self.figures], indent=1, allow_nan=False)
+            claims = [
+                Figure(self.benchmark, sentence, CLAIM, float(holds), 0.0, 1, "")
+                for sentence, holds in self._claims
+            ]
+            every = [asdict(f) for f in (*self.figures, *claims)]
+            text = json.dumps(every, indent=1, allow_nan=False)
             self._json.write_text(text + "\n", encoding="utf-8")
         failed = not all(holds for _, holds in self._claims)
         return 1 if failed and not self.quick else 0

@@ -247,7 +247,7 @@ def _claim_averages(figures: report.Report, runs: Runs, cases: Sequence[Job]) ->
         for method in (m for m in METHODS if m in {c.method for c in cases}):
             means = [np.mean(v) for t in known if (v := runs.values(t, method, level, metric))]
             if known and len(means) == len(known):
-                case = f"mean of {len(known)} tables: {method} {level}"
+                case = f"mean-of-{len(known)}-tables {method} {level}"
                 figures.add(case, metric, float(np.mean(means)), unit="")
         if known:
             ours, theirs = (
