@@ -32,6 +32,8 @@ class Look:
       max_records: Most records of one user that would be used.
       num_kept: Records left when no user has more than that.
       missing: Share of records that fall into a column's last cell: missing, or not listed.
+      broken: Share of records that break a constraint of the schema, by the constraint. They count
+        as they are.
       policy: Keys and values of the policy.
       refuses: Why no request is answered; empty when some would be.
     """
@@ -43,6 +45,7 @@ class Look:
     max_records: int
     num_kept: int
     missing: dict[str, float]
+    broken: dict[str, float]
     policy: dict[str, Any]
     refuses: tuple[str, ...]
 
@@ -56,6 +59,9 @@ class Look:
             ("Missing", ", ".join(gaps) or "nothing, and every category is listed"),
             ("Schema", f"digest {self.schema_digest}; the server's must be the same"),
         ]
+        against = [f"{share:.1%} not: {fact}" for fact, share in self.broken.items() if share]
+        if self.broken:
+            lines.append(("Constraints", "; ".join(against) or "kept by every record"))
         if self.refuses:
             return [*lines, ("Policy", f"refuses every request: {'; '.join(self.refuses)}")]
         allow = self.policy["allow"]
@@ -79,6 +85,7 @@ class Look:
             "max_records": self.max_records,
             "num_kept": self.num_kept,
             "missing": self.missing,
+            "broken": self.broken,
             "policy": self.policy,
             "refuses": list(self.refuses),
         }
@@ -116,6 +123,11 @@ def look(
         for index, column in enumerate(read.columns)
         if column.missing
     }
+    cells = dict(enumerate(codes.T))
+    broken = {
+        str(constraint): float(np.mean(~rule.holds(cells))) if len(codes) else 0.0
+        for constraint, rule in zip(read.constraints, read.rules.single, strict=True)
+    }
     refuses = [f"without {', '.join(terms.missing)}"] if terms.missing else []
     if "min_users" not in terms.missing and bounded.num_users < terms.min_users:
         refuses.append("the shard has fewer users than min_users")
@@ -129,6 +141,7 @@ def look(
         max_records=unit.max_records,
         num_kept=len(bounded.records),
         missing=missing,
+        broken=broken,
         policy=terms.model_dump(mode="json"),
         refuses=tuple(refuses),
     )

@@ -459,6 +459,11 @@ def _column(name: str, entry: Mapping[str, Any]) -> Column:
         raise SchemaError(f"{where}: bounds must be [low, high], two numbers, not {bounds!r}")
     if "resolution" in entry and kind != "date":
         raise SchemaError(f"{where}: only a date has a resolution")
+    cuts, max_bytes = entry.get("cuts", ()), entry.get("max_bytes", 0)
+    if not isinstance(cuts, list | tuple) or not all(isinstance(c, int | float) for c in cuts):
+        raise SchemaError(f"{where}: cuts must be a list of numbers, not {cuts!r}")
+    if not isinstance(max_bytes, int):
+        raise SchemaError(f"{where}: max_bytes must be a whole number, not {max_bytes!r}")
     return Column(
         name=name,
         kind=kind,
@@ -468,9 +473,9 @@ def _column(name: str, entry: Mapping[str, Any]) -> Column:
         num_bins=_num_bins(entry.get("num_bins"), bounds, kind == "real", where),
         missing=missing,
         resolution=resolution,
-        cuts=tuple(float(cut) for cut in entry.get("cuts", ())),
+        cuts=tuple(map(float, cuts)),
         other=str(entry.get("other", "")),
-        max_bytes=int(entry.get("max_bytes", 0)),
+        max_bytes=max_bytes,
     )
 
 

@@ -2,9 +2,13 @@
 """A schema says what is public and where it came from, or it is refused."""
 
 import json
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 from fedsynth.core.errors import SchemaError
+from fedsynth.core.schema import KINDS as KINDS_OF_COLUMNS
 from fedsynth.core.schema import Column, Schema
 
 GOOD = {
@@ -179,6 +183,8 @@ def test_a_schema_without_what_is_new_has_the_digest_it_had():
         ("visit", {"synthesize": "hash"}, "none or serial"),
         ("visit", {"origin": "policy"}, "unknown key 'origin'"),
         ("hour", {"num_bins": "7"}, "whole number"),
+        ("hour", {"cuts": "noon"}, "cuts must be a list of numbers"),
+        ("grade", {"max_bytes": "all"}, "whole number"),
     ],
 )
 def test_a_kind_that_contradicts_itself_is_refused(column, entry, says):
@@ -201,3 +207,12 @@ def test_bounds_that_cannot_be_cut_are_refused(bounds):
 def test_a_schema_of_ids_alone_has_nothing_to_synthesize():
     with pytest.raises(SchemaError, match="at least one column that is not an id"):
         Schema.from_json({"columns": {"patient": {"type": "id"}}})
+
+
+def test_the_documented_schema_is_one():
+    page = (Path(__file__).parents[2] / "docs" / "schema.md").read_text(encoding="utf-8")
+
+    schema = Schema.from_json(tomllib.loads(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1]))
+
+    assert {column.kind for column in schema.columns} == set(KINDS_OF_COLUMNS)
+    assert len(schema.constraints) == 4
