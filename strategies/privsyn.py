@@ -117,7 +117,7 @@ class Privsyn(Strategy):
         tables_only(schema, self.name)
         noise = self._noise(schema, noise_multiplier)
         shape = schema.shape
-        bins = {i: c.num_bins for i, c in enumerate(schema.columns) if c.kind != "category"}
+        bins = {i: c.num_ordered_cells for i, c in enumerate(schema.columns) if c.is_ordered}
 
         whole = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
         alone = Histograms.balanced([(grid,) for grid in whole])
