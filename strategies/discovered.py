@@ -74,7 +74,7 @@ class Discovered(Strategy):
 
     inner: Strategy
     domain_share: float = 0.1
-    domain_values: int = 256
+    domain_values: int = 512
     domain_norm: float = 1.0
     domain_surprise: float = 1e-6
     name: ClassVar[str] = "discovered"
