@@ -69,6 +69,11 @@ KILLS = """## Kills
 `python benchmarks/kills.py --json FILE`: runs killed with SIGKILL at random instants and at every fail point, and resumed.
 """
 
+_OTHER = """## {name}
+
+`python benchmarks/{name}.py --json FILE`
+"""
+
 _LEVELS = (
     "records",
     "epsilon=0",
@@ -100,7 +105,10 @@ def main() -> int:
         sys.stderr.write("give the JSON files of full runs\n")
         return 2
     parts = [HEAD.format(cores=f"{os.cpu_count()} cores")]
-    for benchmark, heading, by_case in _SECTIONS:
+    known = [name for name, *_ in _SECTIONS]
+    others = sorted({f["benchmark"] for f in figures} - set(known))
+    plain = [(name, _OTHER.format(name=name), False) for name in others]
+    for benchmark, heading, by_case in (*_SECTIONS, *plain):
         found = [f for f in figures if f["benchmark"] == benchmark]
         claims = [f for f in found if f["metric"] == "claim"]
         found = [f for f in found if f["metric"] != "claim"]

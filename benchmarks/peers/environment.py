@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parent.parent / "build" / "peers"
 _INSTALL_LIMIT_S = 1800
+_PATIENCE = 4  # times the CPU-seconds that a run may take, by the clock of a machine that is shared
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,15 @@ PEERS: Mapping[str, Peer] = {
 
 
 class Unavailable(Exception):
-    """A peer that cannot be installed here, or whose run failed or took too long."""
+    """A peer that cannot be installed here, or whose run failed or took too long.
+
+    Attributes:
+      worked_s: CPU-seconds that it had worked when it was ended for it; 0 if it ended otherwise.
+    """
+
+    def __init__(self, why: str, *, worked_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.worked_s = worked_s
 
 
 def run_peer(
@@ -68,7 +77,7 @@ def run_peer(
     epsilon: float,
     delta: float,
     seed: int,
-    limit_s: float,
+    limit_s: int,
 ) -> tuple[NDArray[np.int32], dict[str, float]]:
     """What a peer makes of the codes, and what that cost.
 
@@ -79,7 +88,7 @@ def run_peer(
       epsilon: Budget of the run; what the peer's accountant makes of it is its own affair.
       delta: Of the budget.
       seed: For the peer's noise and sampling.
-      limit_s: Wall time after which the run is ended.
+      limit_s: CPU-seconds after which the run is ended; or four times as many by the clock.
 
     Returns:
       Synthetic codes and `cpu_s`, `import_cpu_s`, `wall_s`, `peak_bytes`.
@@ -94,16 +103,20 @@ def run_peer(
         np.save(given, codes)
         cells.write_text(json.dumps(dict(domain)), encoding="utf-8")
         options = {"method": peer.method, "epsilon": epsilon, "delta": delta, "seed": seed}
+        options["cpu-limit"] = limit_s
         flags = [f"--{key}={value}" for key, value in options.items()]
         command = [python, _HERE / peer.driver, given, cells, out, *flags]
         try:
-            done = _finished(command, limit_s)
+            done = _finished(command, _PATIENCE * limit_s)
         except subprocess.TimeoutExpired:
-            raise Unavailable(f"no result in {limit_s:g} s") from None
+            raise Unavailable(f"no result in {_PATIENCE * limit_s:g} s") from None
         if done.returncode or not out.exists():
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise Unavailable(f"it ended with code {done.returncode}: {last[0][:200]}")
-        return np.load(out.with_suffix(".npy")), json.loads(out.read_text(encoding="utf-8"))
+        figures = json.loads(out.read_text(encoding="utf-8"))
+        if worked_s := figures.get("over_cpu_s"):
+            raise Unavailable(f"no result in {worked_s} CPU-s", worked_s=worked_s)
+        return np.load(out.with_suffix(".npy")), figures
 
 
 def _python(environment: str) -> Path:

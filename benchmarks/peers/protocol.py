@@ -6,7 +6,9 @@ Runs inside the peer's own environment, so it needs numpy alone and nothing of f
 
 import argparse
 import json
+import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -31,11 +33,13 @@ def drive(learn: Callable[[np.ndarray, dict[str, int], argparse.Namespace], Any]
     options.add_argument("--epsilon", type=float, required=True)
     options.add_argument("--delta", type=float, required=True)
     options.add_argument("--seed", type=int, required=True)
+    options.add_argument("--cpu-limit", type=int, required=True, help="CPU-seconds, then it ends")
     args = options.parse_args()
     codes = np.load(args.codes)
     domain = json.loads(args.domain.read_text(encoding="utf-8"))
     imported_s = _cpu_s()
     begun = time.perf_counter()
+    _limit(args.cpu_limit, args.out)
     made = np.asarray(learn(codes, domain, args))
     figures = {
         "cpu_s": _cpu_s() - imported_s,
@@ -45,6 +49,17 @@ def drive(learn: Callable[[np.ndarray, dict[str, int], argparse.Namespace], Any]
     }
     np.save(args.out.with_suffix(".npy"), made.astype(np.int32))
     args.out.write_text(json.dumps(figures), encoding="utf-8")
+
+
+def _limit(cpu_s: int, out: Path) -> None:
+    """End this process, and say so, when it has worked for so long."""
+
+    def end(*_: Any) -> None:
+        out.write_text(json.dumps({"over_cpu_s": cpu_s, "peak_bytes": _peak_bytes()}))
+        os._exit(0)
+
+    signal.signal(signal.SIGXCPU, end)
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 60))
 
 
 def rho_of(epsilon: float, delta: float) -> float:
