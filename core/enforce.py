@@ -6,6 +6,7 @@ What a synthesizer makes is public, so nothing here costs privacy.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import wraps
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def keeping(sample: "Sample") -> "Sample":
         if not valid.all():
             mended = repaired(rules.parts, self.schema.shape, codes[~valid], codes[valid], rng)
             codes[~valid] = mended
-        return Records(codes, images)
+        return replace(records, codes=codes, images=images)
 
     return kept
 
