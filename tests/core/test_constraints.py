@@ -298,6 +298,22 @@ def test_orderings_that_meet_are_judged_together():
     assert not valid[0, 0, 0]  # any two of them could be in order, all three cannot
 
 
+def test_a_whole_number_between_two_reals_must_fit_between_them():
+    reals = {"type": "real", "bounds": [0, 3], "num_bins": 12, "origin": "policy"}
+    whole = {"type": "integer", "bounds": [0, 3], "num_bins": 2, "origin": "policy"}
+    chain = [{"order": ["a", "<=", "b"]}, {"order": ["b", "<", "c"]}]
+    schema = Schema.from_json(
+        {"columns": {"a": reals, "b": whole, "c": reals}, "constraints": chain}
+    )
+
+    valid = schema.rules.valid(all_codes(schema)).reshape(schema.shape)
+
+    for a, b, c in np.ndindex(valid.shape):
+        between = any(a / 4 <= n < (c + 1) / 4 for n in ([0, 1] if b == 0 else [2, 3]))
+        assert valid[a, b, c] == between
+    assert not valid[1, 0, 2]  # 0.25 to 0.5 and 0.5 to 0.75: in order, but nothing whole between
+
+
 def test_a_missing_link_says_nothing_of_what_it_would_link():
     bins = {"type": "integer", "bounds": [0, 3], "num_bins": 4, "origin": "policy"}
     columns = {"a": bins, "b": bins | {"missing": True}, "c": bins}
@@ -632,6 +648,43 @@ def test_a_long_chain_in_one_bin_is_in_order():
     table = decode(schema, Records(np.zeros((50, 10), np.int32)), np.random.default_rng(0))
 
     assert table.to_pydict() == {name: [i] * 50 for i, name in enumerate(names)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_orderings_hold_for_the_values(data: st.DataObject):
+    names = "abcde"
+    columns = {
+        name: {
+            "type": data.draw(st.sampled_from(["integer", "real"])),
+            "bounds": [0, data.draw(st.integers(3, 9))],
+            "num_bins": data.draw(st.integers(1, 3)),
+            "missing": data.draw(st.booleans()),
+            "origin": "policy",
+        }
+        for name in names
+    }
+    pairs = data.draw(
+        st.lists(st.sampled_from(list(itertools.combinations(names, 2))), min_size=1, unique=True)
+    )
+    orders = [{"order": [a, data.draw(st.sampled_from(["<", "<="])), b]} for a, b in pairs]
+    try:
+        schema = Schema.from_json({"columns": columns, "constraints": orders})
+    except SchemaError as error:
+        if "no record can keep" in str(error):
+            return
+        raise
+    codes = random_codes(schema, 3_000)
+    codes = codes[schema.rules.valid(codes)]
+
+    table = decode(schema, Records(codes), np.random.default_rng(0))
+
+    assert (encode(table, schema, PrivacyUnit()).records.codes == codes).all()
+    for order in orders:
+        low, sign, high = order["order"]
+        left, right = (table[n].to_numpy().astype(float) for n in (low, high))
+        kept = left < right if sign == "<" else left <= right
+        assert (kept | np.isnan(left) | np.isnan(right)).all()
 
 
 def test_real_records_that_break_a_constraint_still_decode():

@@ -13,6 +13,8 @@ from fedsynth.core.privacy import PrivacyUnit
 from fedsynth.core.records import Records
 from fedsynth.core.schema import Schema
 from fedsynth.simulation.direct import direct_run, prior
+from fedsynth.strategies.parts.descent import fit
+from fedsynth.strategies.parts.histograms import Grid, Measured
 from fedsynth.strategies.registry import build_strategy, strategy_names
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -98,3 +100,22 @@ def test_the_records_that_are_learnt_from_break_constraints():
     valid = SCHEMA.rules.valid(wards(6_000, 1).codes)
 
     assert 0.9 < valid.mean() < 1
+
+
+def test_an_estimator_that_is_told_what_cannot_be_leaves_nothing_to_mend():
+    records = wards(20_000, 3)
+    rng = np.random.default_rng(0)
+    pairs = [(0, 1), (2, 7), (3, 4), (5, 6), (4, 5)]
+    measured = []
+    for pair in pairs:
+        sides = [SCHEMA.shape[c] for c in pair]
+        cells = np.ravel_multi_index(tuple(records.codes[:, pair].T), sides)
+        counts = np.bincount(cells, minlength=int(np.prod(sides))).reshape(sides)
+        grids = tuple(Grid.whole(c, SCHEMA.shape[c]) for c in pair)
+        measured.append(Measured(grids, counts + rng.normal(0, 20, sides), 20.0))
+
+    told = fit(SCHEMA.shape, measured, zeros=SCHEMA.rules.zeros())
+    untold = fit(SCHEMA.shape, measured)
+
+    assert SCHEMA.rules.valid(told.sample(5_000, rng)).all()
+    assert not SCHEMA.rules.valid(untold.sample(5_000, rng)).all()
