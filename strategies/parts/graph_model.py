@@ -8,7 +8,7 @@ messages give every clique's exact joint distribution, its belief; all else is r
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -257,20 +257,34 @@ def sums_onto(table: Table, columns: Clique, wanted: Iterable[Clique]) -> Mappin
       wanted: Sorted subsets.
     """
     known: dict[Clique, Table] = {columns: table}
-    rest = sorted({w for w in wanted if w not in known}, key=len, reverse=True)
+    for source, axis, result in _sum_plan(columns, table.shape, tuple(wanted)):
+        known[result] = sum_out(known[source], axis)
+    return known
+
+
+@lru_cache(maxsize=4096)
+def _sum_plan(
+    columns: Clique, sizes: tuple[int, ...], wanted: tuple[Clique, ...]
+) -> tuple[tuple[Clique, int, Clique], ...]:
+    """Steps that sum out one column each: from which table, which axis, and what is left."""
+    cells = dict(zip(columns, sizes, strict=True))
+    known = {columns: math.prod(sizes)}
+    rest = sorted({w for w in wanted if w != columns}, key=len, reverse=True)
+    plan: list[tuple[Clique, int, Clique]] = []
     for subset in rest:
         target = set(subset)
-        source = min((k for k in known if target <= set(k)), key=lambda k: known[k].size)
-        current, axes = known[source], list(source)
+        axes = min((k for k in known if target <= set(k)), key=lambda k: known[k])
         while len(axes) > len(subset):
             # first the column whose absence serves most of the others still wanted
             spare = [c for c in axes if c not in target]
             use = {c: sum(c not in w and set(w) <= set(axes) for w in rest) for c in spare}
-            drop = max(spare, key=lambda c: (use[c], current.shape[axes.index(c)]))
-            current = sum_out(current, axes.index(drop))
-            axes.remove(drop)
-            known.setdefault(tuple(axes), current)
-    return known
+            drop = max(spare, key=lambda c: (use[c], cells[c]))
+            result = tuple(c for c in axes if c != drop)
+            if result not in known:
+                known[result] = known[axes] // cells[drop]
+                plan.append((axes, axes.index(drop), result))
+            axes = result
+    return tuple(plan)
 
 
 def sum_out(table: Table, axis: int) -> Table:

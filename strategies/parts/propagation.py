@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Belief propagation in log space: from log potentials on a junction tree to calibrated beliefs."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .cliques import Clique, JunctionTree, cells_of
+from .cliques import Clique, JunctionTree
 from .graph_model import GraphModel, Table, ratio, sums_onto
 
 Potentials = Mapping[Clique, Table]  # logarithms, one axis a column of the sorted clique
@@ -58,7 +59,7 @@ class Propagation:
                 belief -= peak
                 beliefs[i] = np.exp(belief, out=belief)
                 if parents[i] >= 0:
-                    shared = self.tree.separator(i)
+                    shared = self._separators[i]
                     upward[i] = sums_onto(belief, cliques[i], [shared])[shared]
                     messages[parents[i]].append((shared, np.log(upward[i])))
                     log_total += peak
@@ -68,7 +69,7 @@ class Propagation:
                     log_total += peak + float(np.log(mass))
         for i, parent in enumerate(parents):
             if parent >= 0:
-                shared = self.tree.separator(i)
+                shared = self._separators[i]
                 above = sums_onto(beliefs[parent], cliques[parent], [shared])[shared]
                 beliefs[i] *= _lifted(ratio(above, upward[i]), shared, cliques[i])
         return GraphModel(self.shape, self.tree, tuple(beliefs), dict(potentials)), log_total
@@ -84,6 +85,11 @@ class Propagation:
         return found
 
     @cached_property
+    def _separators(self) -> list[Clique]:
+        """What each clique shares with its parent."""
+        return [self.tree.separator(i) for i in range(len(self.tree.cliques))]
+
+    @cached_property
     def _assigned(self) -> list[list[Clique]]:
         """Scopes of each clique; every scope stands at one."""
         assigned: list[list[Clique]] = [[] for _ in self.tree.cliques]
@@ -93,26 +99,48 @@ class Propagation:
 
 
 def _combined(terms: Sequence[tuple[Clique, Table]], clique: Clique, shape: Sequence[int]) -> Table:
-    """Sum of tables over parts of a clique, as a new table over all of it.
+    """Sum of tables over parts of a clique, as a new table over all of it."""
+    sizes = tuple(shape[c] for c in clique)
+    pool = [table for _, table in terms]
+    names = [scope for scope, _ in terms]
+    for i, j in _join_plan(tuple(names), clique, sizes):
+        both = tuple(sorted({*names[i], *names[j]}))
+        pool.append(_lifted(pool[i], names[i], both) + _lifted(pool[j], names[j], both))
+        names.append(both)
+    if not pool:
+        return np.zeros(sizes)
+    if names[-1] == clique and len(terms) > 1:
+        return pool[-1]
+    full = np.empty(sizes)
+    full[...] = _lifted(pool[-1], names[-1], clique)
+    return full
+
+
+@lru_cache(maxsize=4096)
+def _join_plan(
+    scopes: tuple[Clique, ...], clique: Clique, sizes: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Which two tables to add next, by position; each sum is appended.
 
     Small tables are added to each other first, so that few additions are as long as the clique.
     """
-    pool = list(terms)
-    while len(pool) > 1:
-        pairs = [(i, j) for i in range(len(pool)) for j in range(i)]
-        i, j = min(pairs, key=lambda p: cells_of({*pool[p[0]][0], *pool[p[1]][0]}, shape))
-        (one, left), (other, right) = pool[i], pool[j]
-        both = tuple(sorted({*one, *other}))
-        pool = [term for k, term in enumerate(pool) if k not in (i, j)]
-        pool.append((both, _lifted(left, one, both) + _lifted(right, other, both)))
-    if not pool:
-        return np.zeros([shape[c] for c in clique])
-    scope, table = pool[0]
-    if scope == clique and len(terms) > 1:
-        return table
-    full = np.empty([shape[c] for c in clique])
-    full[...] = _lifted(table, scope, clique)
-    return full
+    cells = dict(zip(clique, sizes, strict=True))
+    names = list(scopes)
+    costs = {
+        (i, j): math.prod(cells[c] for c in {*names[i], *names[j]})
+        for i in range(len(names))
+        for j in range(i)
+    }
+    plan = []
+    while costs:
+        i, j = min(costs, key=lambda pair: costs[pair])
+        plan.append((i, j))
+        costs = {pair: cost for pair, cost in costs.items() if not {i, j} & set(pair)}
+        names.append(tuple(sorted({*names[i], *names[j]})))
+        left = set(range(len(names) - 1)) - {k for pair in plan for k in pair}
+        for k in left:
+            costs[len(names) - 1, k] = math.prod(cells[c] for c in {*names[-1], *names[k]})
+    return tuple(plan)
 
 
 def _lifted(table: Table, scope: Clique, clique: Iterable[int]) -> Table:
