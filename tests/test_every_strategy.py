@@ -17,11 +17,17 @@ from fedsynth.strategies.registry import build_strategy, strategy_names
 
 # settings that make a long method short; every installed strategy runs even when not named here
 QUICK = {
+    "aim": {"num_steps": 4},
+    "mwem": {"num_steps": 3},
+    "absyn": {"num_steps": 2, "batch": 3},
+    "flaim": {"num_steps": 2, "augmented": True},
     "private_evolution": {"num_rounds": 3, "num_candidates": 40},
     "dp_fedavg": {"num_rounds": 3, "num_users": 40, "sampling_prob": 0.5},
     "dp_merf": {"num_steps": 20},
+    "dp_wgan": {"num_rounds": 3, "steps_per_round": 2, "batch_size": 64},
+    "rdp_gan": {"num_rounds": 3, "steps_per_round": 2, "batch_size": 64},
 }
-TABLES_ONLY = {"dpdsyn", "independent", "mst", "privsyn"}
+TABLES_ONLY = {"absyn", "aim", "dpdsyn", "flaim", "independent", "mst", "mwem", "privsyn"}
 CASES = [(name, schema) for name in strategy_names() for schema in ("table", "images")]
 
 
