@@ -10,11 +10,16 @@ from numpy.typing import NDArray
 
 from .dates import SECONDS
 from .errors import SchemaError
-from .records import Records
+from .records import Family, Records
 from .schema import Column, Schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    Tables = dict[str, pa.Table]
+
+SINGLE = "synthetic"
+"""Name of the table where there is only one."""
 
 
 def decode(schema: Schema, records: Records, rng: np.random.Generator) -> "pa.Table":
@@ -56,12 +61,53 @@ def decode(schema: Schema, records: Records, rng: np.random.Generator) -> "pa.Ta
     return pa.table(columns, names=[*serial, *schema.names])
 
 
+def split_tables(table: "pa.Table", family: Family, owners: NDArray[np.int64]) -> "Tables":
+    """A table of records as one of users and one of their records, joined by a key.
+
+    The key is 1, 2, 3 and so on, and has nothing to do with real ids. A user's columns are those
+    of the user's first record.
+
+    Args:
+      table: The records, decoded.
+      family: Names of both tables, of the key and of the user's columns.
+      owners: User of each record, from 0 without a gap and not falling.
+    """
+    import pyarrow as pa
+
+    first = np.flatnonzero(np.diff(owners, prepend=-1))
+    users = pa.table({family.key: pa.array(np.arange(1, len(first) + 1))})
+    for name in family.columns:
+        users = users.append_column(name, table.column(name).take(pa.array(first)))
+    records = table.drop_columns(list(family.columns))
+    return {
+        family.parent: users,
+        family.child: records.add_column(0, family.key, pa.array(owners + 1)),
+    }
+
+
+def joined_table(tables: "Tables", family: Family) -> "pa.Table":
+    """Records beside their users' columns, the key first; `split_tables` turned round."""
+    import pyarrow as pa
+
+    users, records = tables[family.parent], tables[family.child]
+    place = pa.array(records.column(family.key).to_numpy() - 1)
+    for name in family.columns:
+        records = records.append_column(name, users.column(name).take(place))
+    return records
+
+
 def save_records(
-    schema: Schema, records: Records, rng: np.random.Generator, folder: Path
+    schema: Schema,
+    records: Records,
+    rng: np.random.Generator,
+    folder: Path,
+    *,
+    family: Family | None = None,
 ) -> list[Path]:
     """Write records below `folder`, and the files that were written.
 
-    `data/synthetic.parquet` holds the table, if the schema has table columns; `data/images.npz`
+    `data/synthetic.parquet` holds the table, if the schema has table columns; two files named
+    after the tables of a `family` hold users and records in its place; `data/images.npz`
     holds the images under the image column's name and the table columns beside them, as integers
     where they are, else as text. The same records and `rng` give the same bytes.
     """
@@ -71,9 +117,12 @@ def save_records(
     target.mkdir(parents=True, exist_ok=True)
     table = decode(schema, records, rng)
     written: list[Path] = []
-    if schema.columns:
-        written.append(target / "synthetic.parquet")
-        pq.write_table(table, written[-1], compression="zstd", write_page_checksum=True)
+    tables = {SINGLE: table} if schema.columns else {}
+    if family is not None and records.owners is not None:
+        tables = split_tables(table, family, records.owners)
+    for name, part in tables.items():
+        written.append(target / f"{name}.parquet")
+        pq.write_table(part, written[-1], compression="zstd", write_page_checksum=True)
     if schema.image is not None:
         if records.images is None:
             raise SchemaError(f"the records hold no images for the column {schema.image.name!r}")

@@ -12,6 +12,23 @@ from .errors import ShardError
 
 
 @dataclass(frozen=True)
+class Family:
+    """How records are laid out as two tables, one of users and one of their records.
+
+    Attributes:
+      columns: Names of the columns that belong to the user.
+      parent: Name of the table of users.
+      child: Name of the table of records.
+      key: Name of the column by which the two are joined.
+    """
+
+    columns: tuple[str, ...]
+    parent: str
+    child: str
+    key: str
+
+
+@dataclass(frozen=True)
 class Records:
     """Encoded records, real or synthetic.
 
@@ -21,10 +38,13 @@ class Records:
         open number's code as by `core.open_codes`, an open category's 0, or 1 where it is
         missing, and after all columns the words of the open categories' texts, in their order.
       images: `(num_records, height, width, channels)`, uint8, or `None` without image column.
+      owners: User of each synthetic record, `(num_records,)`, int64, from 0 without a gap and not
+        falling, or `None` where records are synthesized without their users.
     """
 
     codes: NDArray[np.int32]
     images: NDArray[np.uint8] | None = None
+    owners: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.codes)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .enforce import keeping
-from .records import Records
+from .records import Family, Records
 from .schema import Schema
 
 
@@ -22,10 +22,13 @@ class Synthesizer(ABC):
     Attributes:
       kind: Name under which it is saved and found again.
       schema: Public schema of the records it makes.
+      family: How its records are laid out as two tables, for one that makes users with their
+        records (`Records.owners`); `None`: they are one table.
     """
 
     kind: ClassVar[str]
     schema: Schema
+    family: Family | None = None
 
     def __init_subclass__(cls, **settings: Any) -> None:
         """Have the constraints kept by the `sample` that a class brings."""

@@ -36,10 +36,10 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..core import accounting
 from ..core.card import Card, CardFile, code_digest
-from ..core.decode import decode, save_records
+from ..core.decode import SINGLE, decode, joined_table, save_records, split_tables
 from ..core.errors import ConfigError, FedsynthError, SchemaError, SecurityRefusal
 from ..core.query import Strategy, caution_of
-from ..core.records import Records
+from ..core.records import Family, Records
 from ..core.schema import Schema
 from ..core.seeds import rounds_rng, sample_rng
 from ..core.synthesizer import Synthesizer
@@ -144,11 +144,17 @@ class Release:
 
     @cached_property
     def data(self) -> "pa.Table":
-        """The released records; an image is one flat list of pixels."""
+        """The released records; an image is one flat list of pixels.
+
+        Where users were synthesized with their records, each record stands beside its user's key
+        and columns; `tables` holds the two apart.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         table, images, schema = pa.table({}), None, self.card.schema
+        if self._family is not None:
+            return joined_table(self.tables, self._family)
         try:
             if schema.columns:
                 table = pq.read_table(pa.BufferReader(self._bytes(TABLE)))
@@ -159,6 +165,28 @@ class Release:
         except (pa.ArrowException, ValueError, KeyError, OSError) as error:
             raise SecurityRefusal(f"data/ does not hold what {CARD} says: {error}") from error
         return _with_images(table, schema, images)
+
+    @cached_property
+    def tables(self) -> "dict[str, pa.Table]":
+        """The released tables by name: one, or that of users and that of their records."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        family = self._family
+        if family is None:
+            return {SINGLE: self.data}
+        names = (family.parent, family.child)
+        try:
+            found = {
+                name: pq.read_table(pa.BufferReader(self._bytes(f"data/{name}.parquet")))
+                for name in names
+            }
+            users, records = (found[name].column(family.key).to_numpy() for name in names)
+        except (pa.ArrowException, ValueError, KeyError, OSError) as error:
+            raise SecurityRefusal(f"data/ does not hold what {CARD} says: {error}") from error
+        if not np.array_equal(np.unique(records), users):
+            raise SecurityRefusal(f"data/: {family.key} does not join the two tables")
+        return found
 
     @cached_property
     def transcript(self) -> Transcript:
@@ -178,9 +206,20 @@ class Release:
         """
         return _sampled(self.synthesizer, num_records, np.random.default_rng(seed))
 
+    def sample_tables(self, num_records: int, seed: int) -> "dict[str, pa.Table]":
+        """The same records as `sample`, as the tables of a release, by name."""
+        synthesizer, rng = self.synthesizer, np.random.default_rng(seed)
+        return _sampled_tables(synthesizer, num_records, rng)
+
     def verify(self, *, replay: bool = False) -> Verification:
         """Everything that the folder alone can show; see `verify`."""
         return Verification(tuple(verify(self.folder, replay=replay)))
+
+    @property
+    def _family(self) -> Family | None:
+        """How the records lie in two tables; `None`: in one."""
+        names = {file.name for file in self.card.files}
+        return None if names & {TABLE, IMAGES} else self.synthesizer.family
 
     def _bytes(self, name: str) -> bytes:
         """A file of the card's list, whole and unchanged."""
@@ -312,7 +351,7 @@ def save(
         if beside.exists():
             shutil.rmtree(beside)
         beside.mkdir(parents=True)
-        save_records(synthesizer.schema, records, rng, beside)
+        save_records(synthesizer.schema, records, rng, beside, family=synthesizer.family)
         for name, content in files.items():
             write(beside, name, content)
         names = sorted(path.relative_to(beside).as_posix() for path in files_in(beside))
@@ -581,8 +620,25 @@ def _already(folder: Path, run: str) -> Path:
 def _sampled(synthesizer: Synthesizer, num_records: int, rng: np.random.Generator) -> "pa.Table":
     """New records as values."""
     records = synthesizer.sample(num_records, rng)
-    table = decode(synthesizer.schema, records, rng)
+    return _decoded(synthesizer, records, rng)
+
+
+def _decoded(synthesizer: Synthesizer, records: Records, rng: np.random.Generator) -> "pa.Table":
+    """Records as values, beside their users' key and columns where they have users."""
+    table, family = decode(synthesizer.schema, records, rng), synthesizer.family
+    if family is not None and records.owners is not None:
+        return joined_table(split_tables(table, family, records.owners), family)
     return _with_images(table, synthesizer.schema, records.images)
+
+
+def _sampled_tables(
+    synthesizer: Synthesizer, num_records: int, rng: np.random.Generator
+) -> "dict[str, pa.Table]":
+    """New records as values, in the tables of a release."""
+    records, family = synthesizer.sample(num_records, rng), synthesizer.family
+    if family is None or records.owners is None:
+        return {SINGLE: _decoded(synthesizer, records, rng)}
+    return split_tables(decode(synthesizer.schema, records, rng), family, records.owners)
 
 
 def _with_images(table: "pa.Table", schema: Schema, images: NDArray[np.uint8] | None) -> "pa.Table":

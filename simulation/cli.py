@@ -297,12 +297,17 @@ def sample(
 
     check_ending(out)
     chosen = secrets.randbits(32) if seed is None else seed
-    write_table(Release.open(release).sample(num_records, chosen), out)
+    tables = Release.open(release).sample_tables(num_records, chosen)
+    files = [out] if len(tables) == 1 else [out.with_stem(f"{out.stem}_{t}") for t in tables]
+    for file, table in zip(files, tables.values(), strict=True):
+        write_table(table, file)
+    shown = " and ".join(map(str, files))
     if format is Format.JSON:
-        _json({"num_records": num_records, "seed": chosen, "file": str(out)})
+        extra = {"files": [str(file) for file in files]} if len(files) > 1 else {}
+        _json({"num_records": num_records, "seed": chosen, "file": str(files[-1]), **extra})
         return
     console = _console()
-    _say(console, f"Wrote {num_records:,} synthetic records to {out} (seed {chosen}).")
+    _say(console, f"Wrote {num_records:,} synthetic records to {shown} (seed {chosen}).")
     _say(console, "Sampling costs no privacy: the promise on the release's card covers them.")
 
 
