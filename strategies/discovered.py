@@ -29,6 +29,7 @@ OTHER = "(other)"
 _FOUND = "measured: found in the domain rounds of the run"
 _FINE_CELLS = 512  # of a number in the second round
 _COARSE_SHARE = 0.4  # of a number's part of the budget, for the first round
+_TEXT_NORM = 3**0.5  # of a category's part of a record, where a number's is 1: texts need more
 _READABLE = 14.0  # noise deviations of users from which eight letters can mostly be read
 _FIRST, _SECOND = "domain", "domain_bins"
 _PREFIX = "domain_"
@@ -63,9 +64,10 @@ class Discovered(Strategy):
       So if a category would show with probability p without a user, it shows with at most
       Phi(Phi^-1(p) + mu) with them. And p is small for a text that nobody else has: a bucket is
       looked into only if it stands Phi^-1(1 - domain_surprise) deviations above what one user
-      can add to it; then 16 bytes or more must be read right out of noise.
+      can add to it; then the text must still be read, byte by byte, out of noise.
       In a round, a record lights one node a level of each number's tree and, for each category,
-      one bucket and one cell a slot; all open columns have an equal part of its squared norm.
+      one bucket and one cell a slot; a category has three times a number's part of the squared
+      norm. A user's records are summed and clipped at `domain_norm` times the norm of one.
 
     Reference:
       Dong, Roth, Su (2022), "Gaussian Differential Privacy", definition 2.6,
@@ -184,7 +186,7 @@ class Discovered(Strategy):
         told = []
         if query == _FIRST and any(c.num_words for c in schema.columns):
             threshold = self._threshold(stddev, 0.0) / TextSketch(1).heights[0]
-            users = max(threshold, _READABLE * stddev) / min(self.domain_norm, 1.0)
+            users = max(threshold, _READABLE * stddev) / _TEXT_NORM / min(self.domain_norm, 1.0)
             told.append(f"a category of about {users:,.0f} users is found, a rarer one is not")
         if query in (_FIRST, _SECOND) and any(c.kind != "category" for c in _open(schema)):
             users = TAIL * stddev * math.sqrt(CountTree(_FINE_CELLS).num_levels)
@@ -202,7 +204,9 @@ class Discovered(Strategy):
         from ..core.accounting import split
 
         opened = _open(schema)
-        fine = (1 - _COARSE_SHARE) * sum(c.kind != "category" for c in opened) / len(opened)
+        numbers = sum(column.kind != "category" for column in opened)
+        parts = numbers + (len(opened) - numbers) * _TEXT_NORM**2
+        fine = (1 - _COARSE_SHARE) * numbers / parts
         shares = [1 - fine, fine] if fine else [1.0]
         return split(
             noise_multiplier, [*(self.domain_share * s for s in shares), 1 - self.domain_share]
@@ -213,9 +217,9 @@ class Discovered(Strategy):
         if noisy.is_void:
             return []
         found = question.sketches[index].texts(
-            question.part(noisy, len(question.numbers) + index),
-            stddev=noisy.stddev,
-            threshold=self._threshold(noisy.stddev, question.clip(self.domain_norm)),
+            question.part(noisy, len(question.numbers) + index) / _TEXT_NORM,
+            stddev=noisy.stddev / _TEXT_NORM,
+            threshold=self._threshold(noisy.stddev, question.clip(self.domain_norm)) / _TEXT_NORM,
             max_texts=self.domain_values,
         )
         return [text for text, _ in found if text != OTHER]
@@ -297,9 +301,10 @@ class _Question:
 
     @cached_property
     def heights(self) -> list[NDArray[np.float64]]:
-        """Heights of the cells that a record lights in each part; each of norm one."""
+        """Heights of the cells that a record lights in each part."""
         trees = [bins.tree.num_levels for bins in self.numbers]
-        return [np.full(n, n**-0.5) for n in trees] + [s.heights for s in self.sketches]
+        sketches = [sketch.heights * _TEXT_NORM for sketch in self.sketches]
+        return [np.full(n, n**-0.5) for n in trees] + sketches
 
     def clip(self, max_norm: float) -> float:
         """L2 bound of a user."""
