@@ -328,6 +328,10 @@ def _schema_toml(name: str, columns: Sequence[Found], target: str | None) -> str
     if target:
         parts.append(f"target = {_quoted(target)}\n")
     parts += [_entry(column) for column in columns if column.role != "left out"]
+    parts.append(
+        "# What holds of every record may be declared too, and every synthetic one keeps it:\n"
+        '# [[constraints]]\n# order = ["admitted", "<=", "discharged"]  # more in docs/schema.md\n'
+    )
     return "\n".join(parts)
 
 
