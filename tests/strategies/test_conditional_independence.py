@@ -26,8 +26,8 @@ from scipy.stats import chi2_contingency
 
 NUM_RECORDS = 20_000
 SHAPES = [(2, 3, 2), (3, 40, 40), (2, 100, 100)]
-# strategies that hold a model of columns; private_evolution and the deep ones hold none
-GRAPHICAL = ("mst", "marginals", "aim", "mwem", "privmrf", "absyn")
+# strategies whose records follow measured tables; private_evolution and the deep ones measure none
+GRAPHICAL = ("mst", "marginals", "aim", "mwem", "privsyn", "privmrf", "absyn", "flaim")
 
 
 def conditionals(shape, seed=14):
