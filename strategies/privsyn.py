@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import ConfigError
-from ..core.query import Contribution, Query, Rounds, Strategy
+from ..core.query import Contribution, Query, Rounds
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
@@ -21,6 +21,7 @@ from .parts.consistency import agreed, plausible
 from .parts.denoise import shrink
 from .parts.gum import Target, checked, gum
 from .parts.histograms import Grid, Histograms, Measured, cells_of, total_of
+from .parts.measuring import MarginalStrategy
 from .parts.refine import refined
 from .parts.tree_model import columns_of
 
@@ -37,7 +38,7 @@ _DENOISED = 0.5  # part of a table's noise that is left once it is denoised, for
 
 
 @dataclass(frozen=True)
-class Privsyn(Strategy):
+class Privsyn(MarginalStrategy):
     """Many small marginals, chosen without a graph, and records edited until they fit them all.
 
     1. ``columns``: the histogram of every column.
@@ -69,7 +70,6 @@ class Privsyn(Strategy):
       clique_cells: Most cells of a marginal of three columns or more.
       passes: Passes of `gum` whenever records are sampled.
       refinements: Passes of `refined` after it; 0 samples as PrivSyn does.
-      max_norm: L2 bound of a user, in units of one record's norm. 1 fits users with one record.
 
     Privacy:
       In each query a record lights one cell in each histogram, at a height that the query sets.
@@ -87,10 +87,9 @@ class Privsyn(Strategy):
     clique_cells: int = 5000
     passes: int = 3
     refinements: int = 10
-    max_norm: float = 1.0
     name: ClassVar[str] = "privsyn"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse settings that cannot mean anything."""
         shares = (self.column_share, self.select_share)
         if not (min(shares) > 0 and sum(shares) < 1):
@@ -104,17 +103,17 @@ class Privsyn(Strategy):
         for key in ("passes", "refinements"):
             if not 0 <= getattr(self, key) <= 10_000:
                 raise ConfigError(f"{key} must be 0 to 10,000, not {getattr(self, key)!r}")
-        if not 0 < self.max_norm < math.inf:
-            raise ConfigError(f"max_norm must be a number above 0, not {self.max_norm!r}")
 
-    def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
+    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
         """Three Gaussian sums; one if there is a single column."""
         from ..core.accounting import compose, single_event
 
         tables_only(schema, self.name)
         return compose(single_event(noise) for noise in self._noise(schema, noise_multiplier))
 
-    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
+    def learn(
+        self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
+    ) -> Rounds:
         """Measure columns, choose marginals, measure marginals, make all agree."""
         tables_only(schema, self.name)
         noise = self._noise(schema, noise_multiplier)
@@ -123,17 +122,17 @@ class Privsyn(Strategy):
 
         whole = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
         alone = Histograms.balanced([(grid,) for grid in whole])
-        noisy = yield alone.query("columns", noise_multiplier=noise[0], max_norm=self.max_norm)
+        noisy = yield alone.query("columns", noise_multiplier=noise[0], max_norm=max_norm)
         measured = alone.measured(noisy)
         total = total_of(measured)
         counts = columns_of(shape, measured, total, bins)
         if len(shape) == 1:
             return self._edited(schema, counts, ())
 
-        cells = self._coarse_cells(len(shape), total, noise[1])
+        cells = self._coarse_cells(len(shape), total, noise[1] * max_norm)
         grids = [Grid(i, coarsen(column, cells)) for i, column in enumerate(counts)]
         pairs = Histograms.balanced(list(combinations(grids, 2)))
-        noisy = yield pairs.query("pairs", noise_multiplier=noise[1], max_norm=self.max_norm)
+        noisy = yield pairs.query("pairs", noise_multiplier=noise[1], max_norm=max_norm)
         coarse = pairs.measured(noisy)
 
         measured += _columns_in(coarse)
@@ -142,13 +141,13 @@ class Privsyn(Strategy):
         cliques = chosen_marginals(
             dependences(coarse, counts),
             [grid.size for grid in grids],
-            stddev=noise[2] * self.max_norm,
+            stddev=noise[2] * max_norm,
             max_cells=self.clique_cells,
         )
         asked = Histograms.balanced(
             [tuple(grids[i] for i in clique) for clique in cliques] or [(grid,) for grid in whole]
         )
-        noisy = yield asked.query("marginals", noise_multiplier=noise[2], max_norm=self.max_norm)
+        noisy = yield asked.query("marginals", noise_multiplier=noise[2], max_norm=max_norm)
         fine = asked.measured(noisy)
 
         measured += _columns_in(fine)
@@ -156,7 +155,7 @@ class Privsyn(Strategy):
         counts = columns_of(shape, measured, total, bins)
         return self._edited(schema, counts, _targets(fine, coarse, counts) if total > 0 else ())
 
-    def answer(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
+    def count(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
         """The cell of each record in each histogram asked for."""
         return cells_of(query, shard)
 
@@ -176,9 +175,9 @@ class Privsyn(Strategy):
         rest = 1 - self.column_share - self.select_share
         return split(noise_multiplier, (self.column_share, self.select_share, rest))
 
-    def _coarse_cells(self, num_columns: int, total: float, noise_multiplier: float) -> int:
+    def _coarse_cells(self, num_columns: int, total: float, stddev: float) -> int:
         """Cells of a column in the second round, such that a mean cell clears the noise."""
-        stddev = noise_multiplier * self.max_norm * math.sqrt(math.comb(num_columns, 2))
+        stddev *= math.sqrt(math.comb(num_columns, 2))
         clear = math.isqrt(int(min(total / (_CLEAR * stddev), self.select_cells**2)))
         return min(max(clear, _FEWEST_CELLS), self.select_cells)
 
