@@ -36,6 +36,8 @@ def keeping(sample: "Sample") -> "Sample":
     Records that break one are drawn again, up to eight times over, which samples from the
     synthesizer as it is where the constraints hold. What is left is repaired, see `repaired`.
     Without constraints it is `sample` itself. The same `rng` gives the same records.
+
+    Of records with owners, users are kept or drawn again with all of theirs, see `_whole_users`.
     """
 
     @wraps(sample)
@@ -44,6 +46,8 @@ def keeping(sample: "Sample") -> "Sample":
         rules = self.schema.rules
         if not rules.parts or not len(records):
             return records
+        if records.owners is not None:
+            return _whole_users(self, sample, records, rng)
         codes, images = records.codes.copy(), records.images
         images = None if images is None else images.copy()
         valid = rules.valid(codes)
@@ -66,6 +70,40 @@ def keeping(sample: "Sample") -> "Sample":
         return replace(records, codes=codes, images=images)
 
     return kept
+
+
+def _whole_users(
+    synthesizer: "Synthesizer", sample: "Sample", records: Records, rng: np.random.Generator
+) -> Records:
+    """As many records, of users all of whose records keep the constraints.
+
+    Users come from up to eight further samples; if those are too few, the same users come again.
+    If no user at all is left, each record is repaired by itself and has a user of its own.
+    """
+    rules, num_records = synthesizer.schema.rules, len(records)
+    codes, users, num_users = [records.codes[:0]], [np.zeros(0, dtype=np.int64)], 0
+    for _ in range(1 + _PASSES):
+        owners = np.zeros(0, np.int64) if records.owners is None else records.owners
+        breaks = np.bincount(owners, weights=~rules.valid(records.codes))
+        kept = (breaks == 0)[owners]
+        rank = np.cumsum(breaks == 0) - 1
+        codes.append(records.codes[kept])
+        users.append(rank[owners[kept]] + num_users)
+        num_users += int((breaks == 0).sum())
+        if sum(map(len, codes)) >= num_records:
+            break
+        records = sample(synthesizer, max(num_records, _FEWEST), rng)
+    found, owners = np.concatenate(codes), np.concatenate(users)
+    if not len(found):
+        found = repaired(rules.parts, synthesizer.schema.shape, records.codes, found, rng)
+        owners = np.arange(len(found))
+    times = -(-num_records // len(found))
+    again = np.repeat(np.arange(times), len(found)) * (int(owners[-1]) + 1)
+    return replace(
+        records,
+        codes=np.tile(found, (times, 1))[:num_records],
+        owners=(np.tile(owners, times) + again)[:num_records],
+    )
 
 
 def repaired(

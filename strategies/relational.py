@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations, combinations_with_replacement
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.constraints import Ordering
 from ..core.errors import ConfigError
 from ..core.query import Contribution, Query, Rounds, Strategy
 from ..core.records import BoundedShard, Family, Records
@@ -73,6 +74,7 @@ class Relational(Strategy):
       parent_table: Name of the released table of users.
       child_table: Name of the released table of records.
       key: Name of the column by which both are joined: 1, 2, 3 and so on.
+      weight: Whom the tables count; it cannot be anything but ``"user"``, and stands on the card.
 
     Privacy:
       Each user's vector is a mean of rows, so its norm is at most a row's, however many records
@@ -93,6 +95,7 @@ class Relational(Strategy):
     parent_table: str = "users"
     child_table: str = "records"
     key: str = "user"
+    weight: Literal["user"] = "user"
     name: ClassVar[str] = "relational"
 
     def __post_init__(self) -> None:
@@ -174,11 +177,6 @@ class Relational(Strategy):
     def _layout(self, schema: Schema) -> Layout:
         """Which columns belong to the user and which to a record."""
         tables_only(schema, self.name)
-        if schema.constraints:
-            raise ConfigError(
-                "strategy 'relational' does not keep constraints: records that break one could not"
-                " be drawn again without their user. Remove them from the schema"
-            )
         if self.key in (*schema.names, *(column.name for column in schema.ids)):
             raise ConfigError(
                 f"key = {self.key!r} is a column of the schema; give the key another name"
@@ -189,6 +187,14 @@ class Relational(Strategy):
                 f"parent names {unknown[0]!r}, which is no table column; there are"
                 f" {', '.join(schema.names)}"
             )
+        for constraint in schema.constraints:
+            if isinstance(constraint, Ordering) and (
+                (constraint.low in self.parent) != (constraint.high in self.parent)
+            ):
+                raise ConfigError(
+                    f"strategy 'relational' cannot keep {str(constraint)!r}: a user's value is"
+                    " drawn once, and apart from those of the records; drop the constraint"
+                )
         return _layout_of(schema, self.parent, self.most_records)
 
     def _coarse(self, known: "_Known", noise_multiplier: float) -> list[tuple[Grid, ...]]:

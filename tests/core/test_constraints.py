@@ -469,6 +469,62 @@ def test_an_image_stays_with_its_record():
     assert (records.images[:, 0, 0, 0] == records.codes[:, 0]).all()
 
 
+@dataclass(frozen=True)
+class Families(Careless):
+    """Users of one to four records, who agree on the first column."""
+
+    def sample(self, num_records: int, rng: np.random.Generator) -> Records:
+        alone = Careless(replace(self.schema, constraints=()), self.always).sample(num_records, rng)
+        owners = np.repeat(np.arange(num_records), 1 + rng.integers(0, 4, num_records))
+        owners = owners[:num_records]
+        codes = alone.codes.copy()
+        codes[:, 0] = codes[np.searchsorted(owners, owners), 0]
+        return Records(codes, owners=owners)
+
+
+@pytest.mark.parametrize("num_records", [0, 1, 30, 2000])
+def test_users_are_kept_or_drawn_again_with_all_their_records(num_records: int):
+    schema = Schema.from_json({"columns": only("sex", "pregnant", "grade"), "constraints": ALL[:1]})
+
+    records = Families(schema).sample(num_records, np.random.default_rng(0))
+
+    assert len(records) == num_records
+    assert schema.rules.valid(records.codes).all()
+    if num_records:
+        assert set(np.diff(records.owners, prepend=-1)) <= {0, 1}
+        assert records.owners[0] == 0
+        first = np.searchsorted(records.owners, records.owners)
+        assert (records.codes[:, 0] == records.codes[first, 0]).all()
+    if num_records == 2000:
+        assert np.bincount(np.bincount(records.owners))[2:].min() > 50  # of every size
+
+
+def test_users_none_of_whom_keeps_them_end_as_users_of_one_record():
+    schema = Schema.from_json({"columns": only("sex", "pregnant", "grade"), "constraints": ALL[:1]})
+
+    records = Families(schema, (1, 1, 0)).sample(40, np.random.default_rng(0))
+
+    assert schema.rules.valid(records.codes).all()
+    assert records.owners.tolist() == list(range(40))
+
+
+def test_too_few_users_come_again():
+    """With eight columns at odds, hardly any user keeps all; those who do are repeated."""
+    columns = {name: {"type": "boolean"} for name in "abcdefghij"}
+    schema = Schema.from_json(
+        {
+            "columns": columns,
+            "constraints": [{"forbid": {a: True, b: True}} for a, b in itertools.pairwise(columns)],
+        }
+    )
+
+    records = Families(schema).sample(500, np.random.default_rng(0))
+
+    assert len(records) == 500
+    assert schema.rules.valid(records.codes).all()
+    assert set(np.diff(records.owners, prepend=-1)) <= {0, 1}
+
+
 # --- repair -----------------------------------------------------------------------------------
 
 

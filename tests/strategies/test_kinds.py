@@ -18,9 +18,15 @@ from fedsynth.strategies.parts.histograms import Grid, Measured
 from fedsynth.strategies.registry import build_strategy, strategy_names
 
 QUICK: dict[str, dict[str, Any]] = {
+    "aim": {"num_steps": 3},
+    "mwem": {"num_steps": 3},
+    "absyn": {"num_steps": 2, "batch": 3},
+    "flaim": {"num_steps": 2},
     "private_evolution": {"num_rounds": 2, "num_candidates": 60},
-    "dp_fedavg": {"num_rounds": 2, "num_users": 40, "sampling_prob": 0.5},
+    "dp_fedavg": {"num_rounds": 1, "num_users": 40, "sampling_prob": 0.5},
     "dp_merf": {"num_steps": 20},
+    "dp_wgan": {"num_rounds": 2, "steps_per_round": 2, "batch_size": 64},
+    "rdp_gan": {"num_rounds": 2, "steps_per_round": 2, "batch_size": 64},
 }
 SCHEMA = Schema.from_json(
     {
@@ -61,19 +67,19 @@ SCHEMA = Schema.from_json(
 )
 
 
-def wards(num_records: int, seed: int) -> Records:
+def wards(num_draws: int, seed: int) -> Records:
     """Records of a made-up hospital, one in fifty of which breaks a constraint."""
     rng = np.random.default_rng(seed)
-    codes = np.stack([rng.integers(0, c, num_records) for c in SCHEMA.shape], axis=1)
+    codes = np.stack([rng.integers(0, c, num_draws) for c in SCHEMA.shape], axis=1)
     valid = SCHEMA.rules.valid(codes.astype(np.int32))
-    keep = valid | (rng.random(num_records) < 0.02 * valid.mean())
+    keep = valid | (rng.random(num_draws) < 0.02 * valid.mean())
     return Records(codes[keep].astype(np.int32))
 
 
 @pytest.mark.parametrize("name", strategy_names())
 def test_every_sample_of_every_strategy_keeps_the_constraints(name: str):
     strategy = build_strategy(name, QUICK.get(name, {}))
-    records = wards(6_000, 1)
+    records = wards(10_000, 1)
     ids = np.arange(len(records)).astype(str)
     shard = bound(Shard(records, ids), PrivacyUnit(), seed=0)
     try:
@@ -97,7 +103,7 @@ def test_every_sample_of_every_strategy_keeps_the_constraints(name: str):
 
 def test_the_records_that_are_learnt_from_break_constraints():
     """The test above would say little if every record kept them."""
-    valid = SCHEMA.rules.valid(wards(6_000, 1).codes)
+    valid = SCHEMA.rules.valid(wards(10_000, 1).codes)
 
     assert 0.9 < valid.mean() < 1
 
@@ -119,3 +125,30 @@ def test_an_estimator_that_is_told_what_cannot_be_leaves_nothing_to_mend():
 
     assert SCHEMA.rules.valid(told.sample(5_000, rng)).all()
     assert not SCHEMA.rules.valid(untold.sample(5_000, rng)).all()
+
+
+def test_users_with_records_keep_the_constraints_and_their_own_columns():
+    strategy = build_strategy("relational", {"parent": ["sex", "ward", "house"]})
+    records = wards(10_000, 1)
+    users = np.arange(len(records)) // 3
+    codes = records.codes.copy()
+    codes[:, [0, 3, 4]] = codes[users * 3][:, [0, 3, 4]]
+    ids = users.astype(str)
+    unit = PrivacyUnit("patient", max_records=3)
+    shard = bound(Shard(Records(codes), ids), unit, seed=0)
+
+    learnt = direct_run(strategy, SCHEMA, shard, 0.5, rng=np.random.default_rng(0))
+
+    sample = learnt.sample(600, np.random.default_rng(2))
+    assert SCHEMA.rules.valid(sample.codes).all()
+    assert sample.owners is not None
+    first = np.searchsorted(sample.owners, sample.owners)
+    assert (sample.codes[:, [0, 3, 4]] == sample.codes[first][:, [0, 3, 4]]).all()
+    assert np.bincount(sample.owners).max() > 1
+
+
+def test_an_ordering_of_a_user_and_a_record_is_refused():
+    strategy = build_strategy("relational", {"parent": ["came"]})
+
+    with pytest.raises(ConfigError, match="cannot keep 'came <= left'"):
+        strategy.event(SCHEMA, 1.0)
