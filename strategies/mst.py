@@ -17,11 +17,11 @@ from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
 from .independent import split_probs, tables_only
 from .parts.coarsen import coarsen
-from .parts.denoise import shrink
 from .parts.forest import best_forest
 from .parts.histograms import Grid, Histograms, Measured, cells_of, total_of
 from .parts.measuring import MarginalStrategy
-from .parts.tree_model import Link, TreeModel, columns_of, fit, scaled
+from .parts.pairs import denoised_pairs
+from .parts.tree_model import Link, TreeModel, columns_of, fit
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _CLEAR = 4.0  # noise deviations that the mean cell of a coarse table stands above zero
 _FEWEST_CELLS = 4  # of a column in a coarse table, however much noise there is
 _SURE = 1.3  # how far above the noise a pair must stand to be linked; more noise, fewer links
-_FITTINGS = 8  # proportional fittings of a coarse table to its columns
 
 
 @dataclass(frozen=True)
@@ -220,29 +219,14 @@ def _best_edges(
     """
     if not coarse or total <= 0:
         return []
-    sizes = np.array([[grid.size for grid in table.grids] for table in coarse])
-    ends = np.array([[grid.column for grid in table.grids] for table in coarse])
-    width = int(sizes.max())
-    columns = np.zeros((len(counts), width))
-    tables = np.zeros((len(coarse), width, width))
-    for table, padded in zip(coarse, tables, strict=True):
-        rows, cols = table.counts.shape
-        padded[:rows, :cols] = table.counts / total
-        for grid in table.grids:
-            columns[grid.column, : grid.size] = grid.merge(counts[grid.column]) / total
-    first, second = columns[ends[:, 0]], columns[ends[:, 1]]
-    independent = first[:, :, None] * second[:, None, :]
-    stddevs = _SURE / total * np.array([table.stddev for table in coarse])
-    residuals = shrink(tables - independent, stddevs, sizes)
-    tables = np.maximum(independent + residuals, 1e-9 * independent)
-    for _ in range(_FITTINGS):
-        tables = scaled(tables, first, second)
+    found = denoised_pairs(counts, coarse, total, sure=_SURE)
+    width, (first, second) = found.columns.shape[1], found.ends.T
     pairs = np.zeros((len(counts), len(counts), width, width))
-    pairs[ends[:, 0], ends[:, 1]] = tables
-    pairs[ends[:, 1], ends[:, 0]] = tables.transpose(0, 2, 1)
+    pairs[first, second] = found.tables
+    pairs[second, first] = found.tables.transpose(0, 2, 1)
     linked = np.zeros((len(counts), len(counts)), dtype=np.bool_)
-    linked[ends[:, 0], ends[:, 1]] = np.abs(residuals).sum(axis=(1, 2)) > 0
-    return best_forest(columns, pairs, linked | linked.T)
+    linked[first, second] = found.linked
+    return best_forest(found.columns, pairs, linked | linked.T)
 
 
 def _taken_grid(

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 STRATEGIES = {
     "independent": "strategies.independent:Independent",
+    "marginals": "strategies.marginals:Marginals",
     "mst": "strategies.mst:Mst",
     "privsyn": "strategies.privsyn:Privsyn",
     "aim": "strategies.aim:Aim",

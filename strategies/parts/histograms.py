@@ -84,14 +84,20 @@ class Histograms:
     heights: NDArray[np.float64]
 
     @staticmethod
-    def balanced(members: Sequence[tuple[Grid, ...]]) -> "Histograms":
+    def balanced(
+        members: Sequence[tuple[Grid, ...]], weights: Sequence[float] | None = None
+    ) -> "Histograms":
         """Histograms with heights that make their summed L1 error least.
 
         A histogram of m cells at height h has an error of order m / h; under a bound on the sum
-        of h^2 the sum of errors is least at h ~ m^(1/3).
+        of h^2 the sum of errors, each w times, is least at h ~ (w m)^(1/3).
+
+        Args:
+          members: The grids of each, one a column.
+          weights: How much the error of each counts; `None`: all the same.
         """
         cells = np.array([math.prod(g.size for g in grids) for grids in members], dtype=np.float64)
-        heights = np.cbrt(cells)
+        heights = np.cbrt(cells if weights is None else cells * np.asarray(weights))
         heights *= math.sqrt(len(members) / float(heights @ heights))
         heights = np.maximum(np.floor(heights * _HEIGHT_STEPS), 1.0) / _HEIGHT_STEPS
         return Histograms(tuple(members), heights)

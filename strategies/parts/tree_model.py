@@ -198,7 +198,7 @@ def fit(
     total = total_of(measured) if total is None else total
     counts = columns_of(shape, measured, total, bins if denoise else None)
     links = [
-        _link(_finest(measured, edge), counts, denoise=denoise)
+        link_of(_finest(measured, edge), counts, denoise=denoise)
         for edge in (edges if total > 0 else ())
     ]
     return TreeModel(tuple(c / c.sum() for c in counts), tuple(links))
@@ -288,8 +288,16 @@ def _finest(measured: Sequence[Measured], edge: tuple[int, int]) -> Measured:
     return min(tables, key=lambda table: table.stddev)
 
 
-def _link(measured: Measured, columns: Sequence[NDArray[np.float64]], *, denoise: bool) -> Link:
-    """An edge from its noisy table and the columns' counts."""
+def link_of(
+    measured: Measured, columns: Sequence[NDArray[np.float64]], *, denoise: bool = True
+) -> Link:
+    """An edge from its noisy table and the columns' counts.
+
+    Args:
+      measured: A table of two columns.
+      columns: Estimated counts of each column's cells, adding up to the same above 0.
+      denoise: Take out what noise explains (see `denoise.shrink`).
+    """
     left, right = measured.grids
     rows, cols = left.merge(columns[left.column]), right.merge(columns[right.column])
     independent = np.outer(rows, cols) / rows.sum()

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The default for tables, in three sums: columns, coarse pairs, then the pairs worth measuring."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.errors import ConfigError
+from ..core.query import Contribution, Query, Rounds
+from ..core.records import BoundedShard
+from ..core.schema import Schema
+from .independent import tables_only
+from .parts.cliques import Clique
+from .parts.coarsen import coarsen
+from .parts.descent import fit
+from .parts.graph import Graph
+from .parts.histograms import Grid, Histograms, Measured, cells_of, total_of
+from .parts.measuring import MarginalStrategy
+from .parts.pairs import denoised_pairs, pooled, within
+from .parts.rare import compress
+from .parts.tree_model import columns_of, link_of
+from .parts.worthwhile import worthwhile
+
+if TYPE_CHECKING:
+    from dp_accounting.dp_event import DpEvent
+
+_CLEAR_PAIR = 2.5  # noise deviations of the mean cell of a pair in the second round
+_CLEAR_TABLE = 2.0  # and in the third
+_FEWEST, _FEWEST_FINE = 3, 4  # cells of a column in either, however much noise there is
+_SURE = 1.1  # how far above the noise a pair must stand to count as linked
+_LEFT = 0.12  # error of a cell, in noise deviations, that denoising and the fit leave
+_PAIR_WEIGHT = 2.0  # a pair's table also speaks of pairs that are linked through it
+_TRUST = 0.5  # noise of a column's final estimate beside that of its best histogram
+
+
+@dataclass(frozen=True)
+class Marginals(MarginalStrategy):
+    """A graphical model of the pairs that are worth their noise, by three noisy sums.
+
+    1. ``columns``: the histogram of every column. Cells too rare to say anything together with
+       other columns are merged in all that follows.
+    2. ``pairs``: the table of every pair of columns, merged to a few cells each, as many as the
+       noise allows. The tables are denoised. Then pairs are chosen one after another, each the
+       one that a model of those chosen so far explains worst, while that gap outweighs the noise
+       that measuring it adds to all others: post-processing. Under heavy noise none is.
+    3. ``tables``: the chosen pairs at a finer grain, and once more every column.
+
+    A graphical model is fit to all tables, denoised. Nothing but clipped, noised sums touches
+    records, so the method needs no trusted selector and is priced as one Gaussian. Its error does
+    not depend on how users are spread over clients.
+
+    Attributes:
+      column_share: Share of the budget (of mu^2) for the first round.
+      pair_share: Share for the second; the third has the rest.
+      pair_cells: Most cells of a column in the second round.
+      table_cells: Most cells of a column in the third; rarer cells are merged, and told apart
+        again by the column's own histogram.
+      max_model_mb: Most memory of the model's tables, in MiB; more lets it hold more pairs.
+
+    Privacy:
+      In each query a record lights one cell in each histogram, at a height that the query sets.
+      A user's vector is clipped as `MarginalStrategy` says.
+
+    Reference:
+      The frame is that of McKenna, Miklau, Sheldon (2021), https://arxiv.org/abs/2108.04978; the
+      selection by sums, the denoising and the stopping rule are this package's own.
+    """
+
+    column_share: float = 0.1
+    pair_share: float = 0.1
+    pair_cells: int = 12
+    table_cells: int = 32
+    max_model_mb: float = 8.0
+    name: ClassVar[str] = "marginals"
+
+    def check(self) -> None:
+        """Refuse settings that cannot mean anything."""
+        shares = (self.column_share, self.pair_share)
+        if not (min(shares) > 0 and sum(shares) < 1):
+            raise ConfigError(
+                "column_share and pair_share must be above 0 and leave something of 1 for the"
+                f" tables, not {self.column_share!r} and {self.pair_share!r}"
+            )
+        if min(self.pair_cells, self.table_cells) < 2:
+            raise ConfigError(
+                "pair_cells and table_cells must be 2 or more,"
+                f" not {self.pair_cells!r} and {self.table_cells!r}"
+            )
+        if not 0 < self.max_model_mb <= 4096:
+            raise ConfigError(
+                f"max_model_mb must be above 0 and at most 4096, not {self.max_model_mb!r}"
+            )
+
+    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
+        """Three Gaussian sums; one if there is a single column."""
+        from ..core.accounting import compose, single_event
+
+        tables_only(schema, self.name)
+        return compose(single_event(noise) for noise in self._noise(schema, noise_multiplier))
+
+    def learn(
+        self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
+    ) -> Rounds:
+        """Measure columns, coarse pairs, and what is worth it; fit the model."""
+        tables_only(schema, self.name)
+        noise = self._noise(schema, noise_multiplier)
+        shape = schema.shape
+        bins = {i: c.num_ordered_cells for i, c in enumerate(schema.columns) if c.is_ordered}
+
+        whole = [Grid.whole(i, cells) for i, cells in enumerate(shape)]
+        alone = Histograms.balanced([(grid,) for grid in whole])
+        noisy = yield alone.query("columns", noise_multiplier=noise[0], max_norm=max_norm)
+        columns = alone.measured(noisy)
+        counts = columns_of(shape, columns, total_of(columns), bins)
+        if len(shape) == 1:
+            return _fitted(schema, whole, counts, [], [])
+
+        total = total_of(columns)
+        fine = self._fine_grids(counts, total, noise[2] * max_norm, bins)
+        coarse = self._coarse_grids(fine, counts, total, noise[1] * max_norm)
+        pairs = Histograms.balanced(list(combinations(coarse, 2)))
+        noisy = yield pairs.query("pairs", noise_multiplier=noise[1], max_norm=max_norm)
+        seen = pairs.measured(noisy)
+
+        total = total_of([*columns, *seen])
+        counts = columns_of(shape, [*columns, *seen], total, bins)
+        edges = self._edges(schema, counts, seen, total, fine, noise[2] * max_norm)
+        weight = float(len(shape) - 1)  # a column's histogram matters to all its pairs
+        tables = Histograms.balanced(
+            [*((fine[a], fine[b]) for a, b in edges), *((grid,) for grid in whole)],
+            [_PAIR_WEIGHT] * len(edges) + [weight] * len(shape),
+        )
+        noisy = yield tables.query("tables", noise_multiplier=noise[2], max_norm=max_norm)
+        last = tables.measured(noisy)
+
+        total = total_of([*columns, *seen, *last])
+        if total <= 0:
+            return _fitted(schema, whole, counts, [], [])
+        counts = columns_of(shape, [*columns, *seen, *last], total, bins)
+        alike = {_ends(table): table for table in seen}
+        if last:
+            finest = [
+                pooled(table, alike[edge]) if edge in alike else table
+                for edge, table in zip(edges, last[: len(edges)], strict=True)
+            ]
+        else:
+            finest = [alike[edge] for edge in edges]
+        histograms = [*columns, *last[len(edges) :]]
+        return _fitted(schema, fine, counts, finest, histograms)
+
+    def count(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
+        """The cell of each record in each histogram asked for."""
+        return cells_of(query, shard)
+
+    def _noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
+        """Noise multiplier of each round."""
+        from ..core.accounting import split
+
+        if len(schema.columns) == 1:
+            return (noise_multiplier,)
+        rest = 1 - self.column_share - self.pair_share
+        return split(noise_multiplier, (self.column_share, self.pair_share, rest))
+
+    def _fine_grids(
+        self,
+        counts: Sequence[NDArray[np.float64]],
+        total: float,
+        stddev: float,
+        bins: dict[int, int],
+    ) -> list[Grid]:
+        """Cells of each column in the third round: rare ones merged, and no more than are clear.
+
+        Args:
+          counts: Of each column's cells.
+          total: Number of records.
+          stddev: Noise of one histogram if it alone were measured.
+          bins: Columns whose first cells have an order.
+        """
+        spread = stddev * math.sqrt(2 * len(counts))  # if about as many tables as columns follow
+        most = _clear_cells(total, _CLEAR_TABLE * spread, _FEWEST_FINE, self.table_cells)
+        grids = []
+        for i, column in enumerate(counts):
+            groups = compress(column, spread, clear=1.0, ordered=i in bins)
+            merged = np.bincount(groups, weights=column)
+            grids.append(Grid(i, coarsen(np.maximum(merged, 1e-9), most)[groups]))
+        return grids
+
+    def _coarse_grids(
+        self,
+        fine: Sequence[Grid],
+        counts: Sequence[NDArray[np.float64]],
+        total: float,
+        stddev: float,
+    ) -> list[Grid]:
+        """Cells of each column in the second round, each made of whole fine ones."""
+        spread = stddev * math.sqrt(math.comb(len(fine), 2))
+        most = _clear_cells(total, _CLEAR_PAIR * spread, _FEWEST, self.pair_cells)
+        return [
+            Grid(i, coarsen(np.maximum(grid.merge(column), 1e-9), most)[grid.groups])
+            for i, (grid, column) in enumerate(zip(fine, counts, strict=True))
+        ]
+
+    def _edges(
+        self,
+        schema: Schema,
+        counts: Sequence[NDArray[np.float64]],
+        seen: Sequence[Measured],
+        total: float,
+        fine: Sequence[Grid],
+        stddev: float,
+    ) -> list[Clique]:
+        """Pairs that are worth measuring; none after a void round."""
+        if not seen or total <= 0:
+            return []
+        weight = float(len(counts) - 1)
+        return worthwhile(
+            denoised_pairs(counts, seen, total, sure=_SURE),
+            [grid.size for grid in fine],
+            noise=_LEFT * stddev / total,
+            others=sum((weight * cells) ** (2 / 3) for cells in schema.shape),
+            weight=_PAIR_WEIGHT,
+            max_cells=int(self.max_model_mb * 2**20 / 8),
+        )
+
+
+def _clear_cells(total: float, stddev: float, fewest: int, most: int) -> int:
+    """Cells of a column such that a mean cell of a pair's table clears the noise."""
+    clear = math.isqrt(int(min(max(total, 0.0) / stddev, most**2)))
+    return min(max(clear, fewest), most)
+
+
+def _ends(table: Measured) -> Clique:
+    """The columns of a table."""
+    return tuple(grid.column for grid in table.grids)
+
+
+def _fitted(
+    schema: Schema,
+    grids: Sequence[Grid],
+    counts: Sequence[NDArray[np.float64]],
+    tables: Sequence[Measured],
+    histograms: Sequence[Measured],
+) -> Graph:
+    """The graphical model of denoised tables and columns.
+
+    Args:
+      schema: Schema of the records.
+      grids: Cells of each column that the model tells apart.
+      counts: Estimated counts of each column's cells.
+      tables: Noisy tables of pairs; their grids merge those of the model or are the same.
+      histograms: Noisy histograms of single columns, for how much to trust `counts`.
+    """
+    total = float(counts[0].sum())
+    precision = dict.fromkeys(range(len(grids)), 0.0)
+    for histogram in histograms:
+        precision[histogram.grids[0].column] += histogram.stddev**-2
+    measured = [
+        Measured(
+            (Grid.whole(i, grid.size),),
+            grid.merge(column),
+            _TRUST / math.sqrt(precision[i]) if precision[i] > 0 else 1.0,
+        )
+        for i, (grid, column) in enumerate(zip(grids, counts, strict=True))
+    ]
+    for table in tables:
+        link = link_of(table, counts)
+        ends = tuple(within(g, grids[g.column]) for g in (link.left, link.right))
+        measured.append(Measured(ends, link.table * total, table.stddev))
+    zeros = [
+        (clique, _possible(mask, [grids[c] for c in clique]))
+        for clique, mask in schema.rules.zeros()
+    ]
+    model = fit([grid.size for grid in grids], measured, total=total, zeros=zeros)
+    return Graph(schema, model, tuple(grids), tuple(np.maximum(c, 1e-9) for c in counts))
+
+
+def _possible(mask: NDArray[np.bool_], grids: Sequence[Grid]) -> NDArray[np.bool_]:
+    """Which groups of cells hold a combination that can be."""
+    for axis, grid in enumerate(grids):
+        front = np.moveaxis(mask, axis, 0)
+        merged = np.zeros((grid.size, *front.shape[1:]), dtype=np.bool_)
+        np.logical_or.at(merged, grid.groups, front)
+        mask = np.moveaxis(merged, 0, axis)
+    return mask
