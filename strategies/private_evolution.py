@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from ..core.errors import ConfigError
 from ..core.query import Contribution, NoisySum, Query, Rounds, Strategy
 from ..core.records import BoundedShard, Records
-from ..core.schema import MAX_CELLS, Schema
+from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
 from .parts.histograms import Grid, Histograms, cells_of, norm_clip
-from .parts.nearest import Finder, TableMetric
 from .parts.rounding import rounded_cells
 from .parts.simplex import pooled_total, to_simplex
 from .parts.sketch import NUM_POINTS, Sketches
@@ -29,6 +28,7 @@ from .parts.variation import (
     Variations,
     columns_of,
 )
+from .parts.votes import ballot, finder_of, label_of, labels_of
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
@@ -152,7 +152,7 @@ class PrivateEvolution(Strategy):
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
         """Draw a pool; ask for votes, select and vary; weigh the last pool by its votes."""
         self._check(schema)
-        label = self._label(schema)
+        label = label_of(schema, self.label)
         noises = self._noises(schema, noise_multiplier)
         shares = None
         if len(noises) > self.num_rounds:
@@ -171,7 +171,7 @@ class PrivateEvolution(Strategy):
             if fitness is None:  # nothing was learned: the same pool is asked about again
                 lineage.append(np.arange(len(pool)))
                 continue
-            kept, varied = self._parents(weights, _groups(pool.codes, label), rng)
+            kept, varied = self._parents(weights, labels_of(pool.codes, label), rng)
             offspring = model.vary(pool.take(varied), self._degree(number), rng)
             pool = pool.take(kept).joined(offspring)
             parents = np.concatenate([kept, varied])
@@ -196,7 +196,7 @@ class PrivateEvolution(Strategy):
         """
         if query.name == "marginals":
             return cells_of(query, shard)
-        finder, label = _finder(query, shard.records, self.category_weight)
+        finder, label = finder_of(query, shard.records, self.category_weight)
         chosen = np.arange(len(shard.records))
         if self.vote == "one_record":
             chosen = _one_each(shard, int(rng.integers(1 << 62)))
@@ -204,7 +204,7 @@ class PrivateEvolution(Strategy):
         votes, _ = finder.nearest(
             codes,
             images if images is None or len(chosen) == len(images) else images[chosen],
-            _groups(codes, label),
+            labels_of(codes, label),
             self.num_votes,
         )
         voting = votes[:, 0] >= 0
@@ -223,7 +223,7 @@ class PrivateEvolution(Strategy):
 
     def _check(self, schema: Schema) -> None:
         """Refuse a schema that these settings do not fit."""
-        label = self._label(schema)
+        label = label_of(schema, self.label)
         labels = 1 if label < 0 else schema.shape[label]
         if self.num_candidates < labels * self.num_votes:
             raise ConfigError(
@@ -236,51 +236,19 @@ class PrivateEvolution(Strategy):
         if schema.image is not None and self.prior == "digits":
             _digits(schema, label)
 
-    def _label(self, schema: Schema) -> int:
-        """Position of the label's column; -1 for none."""
-        name = schema.target if self.label is None else self.label
-        if not name:
-            return -1
-        if self.label is not None and name not in schema.names:
-            raise ConfigError(f"label = {name!r} is no column; there are {', '.join(schema.names)}")
-        position = schema.index(name)
-        if schema.columns[position].is_categorical:
-            return position
-        if self.label is None:
-            return -1
-        raise ConfigError(
-            f"label = {name!r} must be a category; it is {schema.columns[position].kind}"
-        )
-
     def _noises(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
         """Noise multiplier of each query, in order."""
         from ..core.accounting import split
 
-        others = [j for j in range(len(schema.columns)) if j != self._label(schema)]
+        others = [j for j in range(len(schema.columns)) if j != label_of(schema, self.label)]
         grounding = [self.grounding] if self.grounding and others else []
         share = (1 - sum(grounding)) / self.num_rounds
         return split(noise_multiplier, grounding + [share] * self.num_rounds)
 
     def _ballot(self, schema: Schema, label: int, pool: Candidates, noise: float) -> Query:
         """The query for votes on a pool."""
-        num_cells, num_bins = columns_of(schema)
-        inputs: dict[str, NDArray[Any]] = {
-            "codes": pool.codes,
-            "num_cells": num_cells,
-            "num_bins": num_bins,
-            "label": np.array([label]),
-        }
-        if pool.images is not None:
-            inputs["images"] = pool.images
         clip = norm_clip(np.ones(self.num_votes), self.max_norm) if self._is_linear else 1.0
-        return Query(
-            "votes",
-            dim=len(pool),
-            clip=clip,
-            noise_multiplier=noise,
-            inputs=inputs,
-            cells=self._is_linear,
-        )
+        return ballot(schema, label, pool, clip=clip, noise_multiplier=noise, cells=self._is_linear)
 
     def _fitness(self, noisy: NoisySum) -> NDArray[np.float64] | None:
         """Each candidate's share of the votes; `None` where the noise leaves nothing to see."""
@@ -458,13 +426,6 @@ def _blank(schema: Schema, label: int, num: int) -> Candidates:
     return Candidates(codes)
 
 
-def _groups(codes: NDArray[np.int32], label: int) -> NDArray[np.int64]:
-    """Label of each record; all alike without a label."""
-    if label < 0:
-        return np.zeros(len(codes), dtype=np.int64)
-    return codes[:, label].astype(np.int64)
-
-
 def _marginals(schema: Schema) -> Histograms:
     """The histogram of every column."""
     grids = [Grid.whole(j, num_cells) for j, num_cells in enumerate(schema.shape)]
@@ -517,35 +478,6 @@ def _digits(schema: Schema, label: int) -> NDArray[np.int64]:
             f" missing values; they are {', '.join(listed[:10]) or 'none'}. Use prior = 'strokes'"
         )
     return np.array([int(text) for text in listed], dtype=np.int64)
-
-
-def _finder(query: Query, records: Records, category_weight: float) -> tuple[Finder, int]:
-    """What finds nearest candidates, from a query's arrays, which are checked; and the label."""
-    given = dict(query.inputs)
-    images = given.pop("images", None)
-    num_columns = records.codes.shape[1]
-    if set(given) != {"codes", "num_cells", "num_bins", "label"}:
-        raise ConfigError("a query for votes comes with other arrays than it should")
-    codes, cells, bins, label = (given[k] for k in ("codes", "num_cells", "num_bins", "label"))
-    if not (
-        all(a.dtype.kind == "i" for a in (codes, cells, bins, label))
-        and codes.shape == (query.dim, num_columns)
-        and cells.shape == bins.shape == (num_columns,)
-        and ((cells >= 1) & (cells <= MAX_CELLS) & (bins >= 0) & (bins <= cells)).all()
-        and label.shape == (1,)
-        and -1 <= int(label[0]) < num_columns
-        and ((codes >= 0) & (codes < cells)).all()
-        and (images is None) == (records.images is None)
-        and (
-            images is None
-            or records.images is None
-            or (images.dtype == np.uint8 and images.shape == (query.dim, *records.images.shape[1:]))
-        )
-    ):
-        raise ConfigError("a query for votes comes with arrays that contradict each other")
-    position = int(label[0])
-    metric = TableMetric(cells, bins, position, category_weight)
-    return Finder(codes, images, _groups(codes, position), metric=metric), position
 
 
 def _one_each(shard: BoundedShard, salt: int) -> NDArray[np.int64]:

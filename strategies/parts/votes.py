@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Votes for candidates: the query that shows a pool, and each record's nearest candidates."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.errors import ConfigError
+from ...core.query import Query
+from ...core.records import Records
+from ...core.schema import MAX_CELLS, Schema
+from .nearest import Finder, TableMetric
+from .variation import Candidates, columns_of
+
+
+def ballot(
+    schema: Schema,
+    label: int,
+    pool: Candidates,
+    *,
+    clip: float,
+    noise_multiplier: float,
+    cells: bool,
+) -> Query:
+    """The query for votes on a pool.
+
+    Args:
+      schema: Public schema.
+      label: Column that a record and the candidates it votes for agree on, or -1.
+      pool: What is voted on.
+      clip: The query's.
+      noise_multiplier: The query's.
+      cells: Whether a user's votes are counted cells.
+    """
+    num_cells, num_bins = columns_of(schema)
+    inputs: dict[str, NDArray[Any]] = {
+        "codes": pool.codes,
+        "num_cells": num_cells,
+        "num_bins": num_bins,
+        "label": np.array([label]),
+    }
+    if pool.images is not None:
+        inputs["images"] = pool.images
+    return Query(
+        "votes",
+        dim=len(pool),
+        clip=clip,
+        noise_multiplier=noise_multiplier,
+        inputs=inputs,
+        cells=cells,
+    )
+
+
+def finder_of(query: Query, records: Records, category_weight: float) -> tuple[Finder, int]:
+    """What finds a ballot's nearest candidates, once its arrays are checked; and the label.
+
+    Raises:
+      ConfigError: The arrays contradict each other or the records' shape; whether they do does
+        not depend on any record.
+    """
+    given = dict(query.inputs)
+    images = given.pop("images", None)
+    num_columns = records.codes.shape[1]
+    if set(given) != {"codes", "num_cells", "num_bins", "label"}:
+        raise ConfigError("a query for votes comes with other arrays than it should")
+    codes, cells, bins, label = (given[k] for k in ("codes", "num_cells", "num_bins", "label"))
+    if not (
+        all(a.dtype.kind == "i" for a in (codes, cells, bins, label))
+        and codes.shape == (query.dim, num_columns)
+        and cells.shape == bins.shape == (num_columns,)
+        and ((cells >= 1) & (cells <= MAX_CELLS) & (bins >= 0) & (bins <= cells)).all()
+        and label.shape == (1,)
+        and -1 <= int(label[0]) < num_columns
+        and ((codes >= 0) & (codes < cells)).all()
+        and (images is None) == (records.images is None)
+        and (
+            images is None
+            or records.images is None
+            or (images.dtype == np.uint8 and images.shape == (query.dim, *records.images.shape[1:]))
+        )
+    ):
+        raise ConfigError("a query for votes comes with arrays that contradict each other")
+    position = int(label[0])
+    metric = TableMetric(cells, bins, position, category_weight)
+    return Finder(codes, images, labels_of(codes, position), metric=metric), position
+
+
+def labels_of(codes: NDArray[np.int32], label: int) -> NDArray[np.int64]:
+    """Label of each record; all alike without a label."""
+    if label < 0:
+        return np.zeros(len(codes), dtype=np.int64)
+    return codes[:, label].astype(np.int64)
+
+
+def label_of(schema: Schema, name: str | None) -> int:
+    """Position of the label's column; -1 for none.
+
+    Args:
+      schema: Public schema.
+      name: A category. `None`: the schema's target, where that is a category. `""`: none.
+
+    Raises:
+      ConfigError: There is no such column, or it is no category.
+    """
+    wanted = schema.target if name is None else name
+    if not wanted:
+        return -1
+    if name is not None and wanted not in schema.names:
+        raise ConfigError(f"label = {name!r} is no column; there are {', '.join(schema.names)}")
+    position = schema.index(wanted)
+    if schema.columns[position].is_categorical:
+        return position
+    if name is None:
+        return -1
+    raise ConfigError(f"label = {name!r} must be a category; it is {schema.columns[position].kind}")
