@@ -27,7 +27,19 @@ QUICK = {
     "dp_wgan": {"num_rounds": 3, "steps_per_round": 2, "batch_size": 64},
     "rdp_gan": {"num_rounds": 3, "steps_per_round": 2, "batch_size": 64},
 }
-TABLES_ONLY = {"absyn", "aim", "dpdsyn", "flaim", "independent", "mst", "mwem", "privsyn"}
+TABLES_ONLY = {
+    "absyn",
+    "aim",
+    "dpdsyn",
+    "flaim",
+    "independent",
+    "marginals",
+    "mst",
+    "mwem",
+    "privmrf",
+    "privsyn",
+    "relational",
+}
 CASES = [(name, schema) for name in strategy_names() for schema in ("table", "images")]
 
 
