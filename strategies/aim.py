@@ -76,7 +76,7 @@ class Aim(MarginalStrategy):
 
     ways: int = 2
     num_steps: int = 30
-    growth: float = 1.2
+    growth: float = 1.1
     column_share: float = 0.1
     choice_share: float = 0.15
     select: Literal["exact", "sums"] = "exact"

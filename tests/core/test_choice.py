@@ -6,7 +6,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from fedsynth.core.accounting import epsilon_of, single_event
+from dp_accounting.dp_event import ZCDpEvent
+from dp_accounting.rdp import RdpAccountant
+from fedsynth.core.accounting import compose, epsilon_of, single_event
 from fedsynth.core.choice import (
     best,
     chosen,
@@ -82,6 +84,20 @@ def test_the_price_of_a_choice_holds_for_every_mechanism_of_that_range(epsilon, 
     worst = max(0.0, np.exp(epsilon / 2) - np.exp(min(priced, epsilon) / 2)) ** 2
 
     assert worst / np.expm1(epsilon) <= delta
+
+
+@pytest.mark.parametrize(("choice_share", "is_cheaper"), [(0.1, True), (0.5, False)])
+def test_a_tenth_of_rho_on_choices_costs_less_than_by_zcdp_and_half_of_it_more(
+    choice_share, is_cheaper
+):
+    rho = 0.015  # epsilon 1 at delta 1e-9
+    choice = noise_of_choice(np.sqrt(8 * choice_share * rho / 30))
+    measure = 1 / np.sqrt(2 * (1 - choice_share) * rho)
+
+    by_zcdp = RdpAccountant().compose(ZCDpEvent(rho)).get_epsilon(1e-9)
+    ours = epsilon_of(compose([single_event(measure)] + [single_event(choice)] * 30), 1e-9)
+
+    assert (ours < by_zcdp) == is_cheaper
 
 
 def test_many_candidates_at_once_cost_what_one_does():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fedsynth.core.errors import ClientCode
 from fedsynth.core.privacy import NoisePlacement
-from fedsynth.core.query import Query
+from fedsynth.core.query import Choice, Query
 from fedsynth.core.wire import (
     PROTOCOL,
     Ask,
@@ -123,7 +123,14 @@ def raw(data=b"\0" * 8 * DIM, dtype="int64", shape=(DIM,), stype="fedsynth.raw")
 
 
 def reply_records(array=None, extra=None, **config):
-    facts = {"protocol": PROTOCOL, "run": "r", "round": 1, "attempt": 1, "code": 0, "site": "s"} | config
+    facts = {
+        "protocol": PROTOCOL,
+        "run": "r",
+        "round": 1,
+        "attempt": 1,
+        "code": 0,
+        "site": "s",
+    } | config
     arrays = {"total": array or raw()} | (extra or {})
     return RecordDict({"reply": ConfigRecord(facts), "arrays": ArrayRecord(arrays)})
 
@@ -217,6 +224,82 @@ def test_a_request_without_any_one_key_is_refused(key):
 
     with pytest.raises(WireError):
         ask_from_records(records)
+
+
+def choosing(where):
+    choice = Choice.among(
+        [2, 3, 1],
+        np.arange(6.0),
+        penalties=np.array([0.5, 0.25]),
+        weights=np.array([1.0, 2.0]),
+        against=np.array([[2], [-1]]),
+        count=2,
+        where=where,
+    )
+    return ask(query=Query("worst", DIM, 1.0, 2.0, choice=choice))
+
+
+def test_a_client_that_is_to_choose_is_told_all_and_one_that_is_not_only_the_blocks():
+    here = ask_from_records(ask_to_records(choosing("client"))).query.choice
+    there = ask_from_records(ask_to_records(choosing("server"))).query.choice
+
+    assert (here.where, here.count, here.starts.tolist()) == ("client", 2, [0, 2, 5, 6])
+    assert here.estimates.tolist() == [0, 1, 2, 3, 4, 5]
+    assert here.penalties.tolist() == [0.5, 0.25]
+    assert here.weights.tolist() == [1.0, 2.0]
+    assert here.against.tolist() == [[2], [-1]]
+    assert (there.where, there.count, there.starts.tolist()) == ("server", 2, [0, 2, 5, 6])
+    assert len(there.estimates) == 0
+    assert ask_from_records(ask_to_records(ask())).query.choice is None
+
+
+def changed(where, config=None, drop=(), **arrays):
+    """A request for a choice, changed."""
+    records = ask_to_records(choosing(where))
+    records["ask"] = ConfigRecord(dict(records["ask"]) | (config or {}))
+    kept = {k: v for k, v in records["choice"].items() if k not in drop}
+    records["choice"] = ArrayRecord(kept | arrays)
+    return records
+
+
+STARTS = np.array([0, 2, 6, 5], dtype="<i8").tobytes()
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        changed("server", {"choice": "none"}),
+        changed("server", {"choice": "client"}),
+        changed("client", {"choice": "server"}),
+        changed("client", {"choice": "both"}),
+        changed("server", {"choice-count": 0}),
+        changed("server", {"choice-count": 4}),
+        changed("client", {"choice-count": 3}),
+        changed("server", {"sampling-prob": 0.5}),
+        changed("server", {"dim": 7}),
+        changed("server", drop=("starts",)),
+        changed("client", drop=("weights",)),
+        changed("client", more=raw()),
+        changed("server", starts=raw(data=STARTS, shape=(4,))),
+        changed("server", starts=raw(data=STARTS, shape=(2, 2))),
+        changed("client", starts=raw(data=STARTS, shape=(4,), dtype="float64")),
+        changed("client", against=raw(data=b"", shape=(0, 2))),
+        changed("client", weights=raw(data=b"\0" * 16, shape=(2,), dtype="float64")),
+        changed("client", weights=raw(data=b"\xff" * 16, shape=(2,), dtype="float64")),
+        changed("client", estimates=raw(data=b"", shape=(0,), dtype="float64")),
+    ],
+)
+def test_a_request_for_a_choice_that_cannot_be_is_refused(records):
+    with pytest.raises(WireError):
+        ask_from_records(records)
+
+
+@pytest.mark.parametrize("total", [[1, 1, 1], [0, 0, 0], [2, 0, 0], [-1, 2, 1], [0, 5, -3]])
+def test_a_client_that_draws_other_than_it_was_asked_to_is_refused(total):
+    records = reply_to_records(Reply("r", 1, 1, ClientCode.OK, np.array(total)))
+
+    with pytest.raises(WireError, match="draws other"):
+        reply_from_records(records, dim=3, drawn=2)
 
 
 def mutated(rng):
