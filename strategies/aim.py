@@ -135,7 +135,7 @@ class Aim(MarginalStrategy):
         columns = measuring(grids, [(i,) for i in range(len(shape))])
         noisy = yield columns.query("columns", noise_multiplier=first[0], max_norm=max_norm)
         measured = columns.measured(noisy)
-        choose = by_exponential_mechanism(max_norm)
+        choose, coarse = by_exponential_mechanism(max_norm), []
         if self.select == "sums" and not alone:
             pairs = coarse_pairs(
                 shape,
@@ -145,10 +145,13 @@ class Aim(MarginalStrategy):
                 most_cells=self.pair_cells,
             )
             noisy = yield pairs.query("pairs", noise_multiplier=first[1], max_norm=max_norm)
-            choose = by_hints(pairs.measured(noisy))
+            coarse = pairs.measured(noisy)
+            choose = by_hints(coarse)
         workload = Workload.all_ways(shape, self.ways)
         return (
-            yield from search(schema, measured, steps, choose, workload=workload, max_norm=max_norm)
+            yield from search(
+                schema, measured, steps, choose, workload=workload, max_norm=max_norm, coarse=coarse
+            )
         )
 
     def count(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:

@@ -9,14 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.query import NoisySum, Query
-from .cliques import Clique
+from .cliques import Clique, cells_of
 from .coarsen import coarsen
 from .denoise import shrink
 from .graph_model import GraphModel
 from .histograms import Grid, Histograms, Measured
 from .propagation import merged
-from .search import Chooser, Found
+from .search import Chooser, Found, scope_of
 from .simplex import to_simplex
+from .worst import expected_error
 
 _CLEAR = 4.0  # noise deviations that the mean cell of a coarse table stands above zero
 _FEWEST_CELLS = 4  # of a column in a coarse table, however much noise there is
@@ -51,21 +52,26 @@ def coarse_pairs(
 def by_hints(pairs: Sequence[Measured]) -> Chooser:
     """A chooser that takes the pairs whose noisy tables the model fits worst; asks nothing.
 
+    A table that was measured before is taken to be wrong by its noise at least.
+
     Args:
       pairs: Noisy tables of all pairs; empty if the round was void, and nothing is chosen.
     """
 
     def choose(found: Found) -> Generator[Query, NoisySum, list[Clique]]:
-        errors = dict(
-            zip(map(_scope, pairs), _errors(pairs, found.model, found.total), strict=True)
-        )
-        scores = found.contest.weights * (
-            np.array([errors.get(clique, 0.0) for clique in found.contest.cliques])
-            - found.contest.penalties
-        )
-        order = np.argsort(-scores, kind="stable")[: found.step.count if errors else 0]
         yield from ()
-        return [found.contest.cliques[i] for i in order.tolist()]
+        if not pairs:
+            return []
+        contest, shape = found.contest, found.model.shape
+        gaps = _errors(pairs, found.model, found.total)
+        seen = dict(zip(map(scope_of, pairs), gaps.tolist(), strict=True))
+        cells = np.array([cells_of(clique, shape) for clique in contest.cliques])
+        stddevs = np.array([found.stddevs.get(clique, 0.0) for clique in contest.cliques])
+        errors = np.array([seen.get(clique, 0.0) for clique in contest.cliques])
+        errors = np.maximum(errors, expected_error(cells, stddevs))
+        scores = contest.weights * (errors - contest.penalties)
+        order = np.argsort(-scores, kind="stable")[: found.step.count]
+        return [contest.cliques[i] for i in order.tolist()]
 
     return choose
 
@@ -76,7 +82,7 @@ def _errors(pairs: Sequence[Measured], model: GraphModel, total: float) -> NDArr
         return np.zeros(0)
     sizes = np.array([table.counts.shape for table in pairs])
     gaps = np.zeros((len(pairs), sizes[:, 0].max(), sizes[:, 1].max()))
-    for gap, table, known in zip(gaps, pairs, model.marginals(map(_scope, pairs)), strict=True):
+    for gap, table, known in zip(gaps, pairs, model.marginals(map(_axes, pairs)), strict=True):
         guess = merged(known, [grid.groups for grid in table.grids])
         gap[: len(guess), : guess.shape[1]] = table.counts - total * guess
     stddevs = np.array([table.stddev for table in pairs])
@@ -84,6 +90,6 @@ def _errors(pairs: Sequence[Measured], model: GraphModel, total: float) -> NDArr
     return errors
 
 
-def _scope(table: Measured) -> Clique:
+def _axes(table: Measured) -> Clique:
     """Columns of a table, in the order of its axes."""
     return tuple(grid.column for grid in table.grids)

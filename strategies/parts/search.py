@@ -49,12 +49,14 @@ class Found:
       model: Fitted to all that was measured.
       total: Estimated number of records.
       contest: What may be chosen.
+      stddevs: Noise of each table that was measured, its measurements taken together, in counts.
     """
 
     step: Step
     model: GraphModel
     total: float
     contest: Contest
+    stddevs: Mapping[Clique, float]
 
 
 Chooser = Callable[[Found], Generator[Query, NoisySum, list[Clique]]]
@@ -72,6 +74,7 @@ def search(
     max_norm: float,
     is_penalized: bool = True,
     always: Sequence[Clique] = (),
+    coarse: Sequence[Measured] = (),
 ) -> Rounds:
     """Choose, measure and fit, step by step; then fit once more, to the end.
 
@@ -84,11 +87,13 @@ def search(
       max_norm: L2 bound of a user, in units of one record's norm.
       is_penalized: Take the error that measuring would bring off each score.
       always: Tables that are measured again in every step.
+      coarse: Tables measured before that join the model once their columns are chosen.
 
     Returns:
       A `Graph`.
     """
     shape, known = schema.shape, list(measured)
+    hints = {scope_of(table): table for table in coarse}
     grids = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
     cells = np.array([cells_of(clique, shape) for clique in workload.cliques])
     model = fit(shape, known, max_steps=_FIT_STEPS)
@@ -101,12 +106,14 @@ def search(
             workload.weights[within],
             expected_error(cells[within], stddev if is_penalized else 0.0),
         )
-        picked = yield from choose(Found(step, model, total_of(known), contest))
+        found = Found(step, model, total_of(known), contest, _stddevs(known))
+        picked = yield from choose(found)
         picked = _that_fit(picked, scopes_of(known), shape, step.max_cells)
         if not picked:
             picked = [contest.cliques[int(contest.weights.argmax())]]
         tables = measuring(grids, [*picked, *(c for c in always if c not in picked)])
         noisy = yield tables.query("table", noise_multiplier=step.table_noise, max_norm=max_norm)
+        known += [hints.pop(clique) for clique in picked if clique in hints]
         known += tables.measured(noisy)
         if not noisy.is_void:
             model = fit(shape, known, start=model, max_steps=_FIT_STEPS)
@@ -134,7 +141,7 @@ def growing_steps(
       max_model_mb: Of the model at the end; before, the same share of it as of the budget.
       count: Tables that each step chooses.
     """
-    shares = growth ** np.arange(num_steps)
+    shares = float(growth) ** np.arange(num_steps)
     shares *= (1 - spent) / shares.sum()
     used = np.minimum(spent + np.cumsum(shares), 1.0)
     return [
@@ -217,7 +224,22 @@ def measuring(grids: Sequence[Grid], cliques: Sequence[Clique]) -> Histograms:
 
 def scopes_of(measured: Sequence[Measured]) -> list[Clique]:
     """Columns of each table measured, each set once."""
-    return sorted({tuple(sorted(grid.column for grid in table.grids)) for table in measured})
+    return sorted({scope_of(table) for table in measured})
+
+
+def scope_of(table: Measured) -> Clique:
+    """Columns of a table, sorted."""
+    return tuple(sorted(grid.column for grid in table.grids))
+
+
+def _stddevs(measured: Sequence[Measured]) -> dict[Clique, float]:
+    """Noise of each table measured whole, its measurements weighted by their precision."""
+    precisions: dict[Clique, float] = {}
+    for table in measured:
+        if all(grid.is_whole for grid in table.grids):
+            scope = scope_of(table)
+            precisions[scope] = precisions.get(scope, 0.0) + table.stddev**-2
+    return {scope: precision**-0.5 for scope, precision in precisions.items()}
 
 
 def max_cells_of(max_model_mb: float) -> float:

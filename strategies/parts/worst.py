@@ -148,6 +148,8 @@ class Contest:
         return [self.cliques[i] for i in order.tolist() if noisy.vector[i] > 0]
 
 
-def expected_error(cells: NDArray[np.int64], stddev: float) -> NDArray[np.float64]:
+def expected_error(
+    cells: NDArray[np.int64], stddev: float | NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Mean L1 norm of the noise in each table, in counts."""
     return np.asarray(math.sqrt(2 / math.pi) * stddev * cells, dtype=np.float64)
