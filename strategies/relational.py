@@ -208,6 +208,13 @@ class Relational(Strategy):
         return [_table_of(pair, known, grids) for pair in pairs if layout.size not in pair]
 
 
+def _denoised(table: Measured, independent: NDArray[np.float64]) -> Measured:
+    """A noisy table without what noise explains: beside independence, only what stands out."""
+    shape = np.array([independent.shape])
+    kept = shrink((table.counts - independent)[None], np.array([_SURE * table.stddev]), shape)
+    return Measured(table.grids, independent + kept[0], table.stddev)
+
+
 @dataclass(frozen=True, eq=False)
 class _Known:
     """What the first round found, by wide column.
@@ -237,13 +244,27 @@ class _Known:
         if total <= 0:
             return _Known(layout, shape, 0.0, np.full(most_records, 1.0 / most_records), {}, 0.0)
         sizes = to_simplex(smooth(found[0].counts, found[0].stddev) / total)
-        by_size = {table.grids[1].column: table for table in found[1:]}
+        bands = np.bincount(_bands(most_records), weights=sizes)
+        by_size = {}
+        for table in found[1:]:
+            column = to_simplex(table.counts.sum(axis=0) / total)
+            cleared = _denoised(table, total * np.outer(bands, column))
+            by_size[table.grids[1].column] = cleared
         return _Known(layout, shape, total, sizes, by_size, found[0].stddev)
 
     @property
     def several(self) -> float:
         """Share of users with several records."""
         return float(self.sizes[1:].sum())
+
+    def users(self, bands: slice) -> float:
+        """Users of one record, or of several."""
+        return self.total * (self.several if bands is _SEVERAL else float(self.sizes[0]))
+
+    def independent(self, grids: Sequence[Grid], bands: slice) -> NDArray[np.float64]:
+        """Counts of a table of two columns if they knew nothing of each other."""
+        left, right = (grid.merge(self.shares(grid.column, bands)) for grid in grids)
+        return self.users(bands) * np.outer(left, right)
 
     def shares(self, column: int, bands: slice = slice(None)) -> NDArray[np.float64]:
         """Probabilities of a column's cells among users in some bands; the twin's are the same."""
@@ -307,7 +328,7 @@ def _slices(table: Measured) -> tuple[Measured | None, Measured]:
 def _links(known: _Known, coarse: Sequence[Measured], bands: slice) -> list[Clique]:
     """Pairs that stand out from the noise among some users, those first that say the most."""
     layout = known.layout
-    users = known.total * (known.several if bands is _SEVERAL else float(known.sizes[0]))
+    users = known.users(bands)
     tables: dict[Clique, Measured] = {}
     for table in coarse:
         one, several = _slices(table)
@@ -321,16 +342,19 @@ def _links(known: _Known, coarse: Sequence[Measured], bands: slice) -> list[Cliq
             tables[_link(layout.size, column)] = sized
     if not tables or users <= 0:
         return []
-    width = max(max(table.counts.shape) for table in tables.values())
-    residuals = np.zeros((len(tables), width, width))
-    for table, padded in zip(tables.values(), residuals, strict=True):
-        left, right = (grid.merge(known.shares(grid.column, bands)) for grid in table.grids)
-        rows, columns = table.counts.shape
-        padded[:rows, :columns] = table.counts - users * np.outer(left, right)
-    stddevs = _SURE * np.array([table.stddev for table in tables.values()])
-    sizes = np.array([table.counts.shape for table in tables.values()])
-    found = np.abs(shrink(residuals, stddevs, sizes)).sum(axis=(1, 2))
-    gains = dict(zip(tables, found.tolist(), strict=True))
+    alike: dict[tuple[int, ...], list[Clique]] = {}  # one size at a time: some are very long
+    for link, table in tables.items():
+        alike.setdefault(table.counts.shape, []).append(link)
+    gains: dict[Clique, float] = {}
+    for shape, group in alike.items():
+        residuals = np.empty((len(group), *shape))
+        for link, residual in zip(group, residuals, strict=True):
+            table = tables[link]
+            left, right = (grid.merge(known.shares(grid.column, bands)) for grid in table.grids)
+            residual[:] = table.counts - users * np.outer(left, right)
+        stddevs = _SURE * np.array([tables[link].stddev for link in group])
+        standing = np.abs(shrink(residuals, stddevs, np.array([shape] * len(group))))
+        gains |= dict(zip(group, standing.sum(axis=(1, 2)).tolist(), strict=True))
     return sorted((link for link in gains if gains[link] > 0), key=lambda e: (-gains[e], e))
 
 
@@ -428,9 +452,9 @@ def _learned(
     for table in measured:
         alone, both = _slices(table)
         if alone is not None and _link_of(table.grids, layout) in alone_links:
-            one.append(alone)
+            one.append(_denoised(alone, known.independent(alone.grids, _ONE)))
         if _link_of(table.grids, layout) in links:
-            several.append(both)
+            several.append(_denoised(both, known.independent(both.grids, _SEVERAL)))
     one = [_renumbered(table, lambda c: c - (c > size)) for table in one]
     several += [_renumbered(table, layout.twin) for table in several]
     if known.by_size:
