@@ -41,6 +41,7 @@ AT_LEAST = "CPU-s at least"  # of a run that was ended for working too long
 TVDS = ("1-way TVD", "2-way TVD", "3-way TVD")
 METRICS = (*TVDS, "CPU-s", AT_LEAST, "memory MB", "rounds", "kB up", "kB down")
 UNITS = {"CPU-s": "CPU-s", AT_LEAST: "CPU-s", "memory MB": "MB", "kB up": "kB", "kB down": "kB"}
+LOCAL = ("flaim",)  # methods whose clients choose: their people are dealt out at random
 MOST_RECORDS = 100_000  # synthetic records that are compared
 _TOO_LONG = "no result in"
 QUICK: Mapping[str, Mapping[str, Any]] = {
@@ -252,13 +253,14 @@ def _measured(job: Job) -> dict[str, float]:
     dial = 1.0 if job.level == NO_NOISE else dial_of(strategy, case, _epsilon(job.level))
     tally = Tally()
     counted: Any = Counted(strategy, tally)
+    people = tables.dealt_out(case, "IID", rng) if job.method in LOCAL else [case.train]
     with report.cpu_timer() as spent:
         if job.level == NO_NOISE:
-            synthesizer = non_private(counted, case.schema, case.train, rng)
+            synthesizer = non_private(counted, case.schema, people, rng)
         elif job.level == NOISE_ONLY:
             synthesizer = prior(counted, case.schema, dial, rng)
         else:
-            synthesizer = direct_run(counted, case.schema, case.train, dial, rng=rng)
+            synthesizer = direct_run(counted, case.schema, people, dial, rng=rng)
         records = synthesizer.sample(min(MOST_RECORDS, len(case.train.records)), rng)
     cost = {
         "CPU-s": spent[0],

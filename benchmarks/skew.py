@@ -16,7 +16,7 @@ from itertools import product
 
 import numpy as np
 import tables
-from fedsynth.core.records import BoundedShard
+from fedsynth.core.query import Strategy
 from fedsynth.simulation.direct import direct_run
 from fedsynth.strategies.registry import STRATEGIES, build_strategy
 from measure import (
@@ -34,10 +34,10 @@ from measure import (
 from tabular import DEFAULT, holm, paired_p
 
 TABLE = "acs_national2019"
-CLIENTS = 20  # as many as there are areas
 SPLITS = ("IID", "Dirichlet 10", "Dirichlet 1", "Dirichlet 0.1", "PUMA")
-METHODS = (DEFAULT, "mst", "aim", "flaim")
-LOCAL = ("flaim",)  # in which clients choose
+METHODS = (DEFAULT, "mst", "privsyn", "aim", "flaim", "flaim_augmented")
+LOCAL = ("flaim", "flaim_augmented")  # in which clients choose
+AUGMENTED = "_augmented"  # with the correction for how clients differ
 EPSILON, SEEDS, LIMIT_S = 1.0, 5, 1800.0
 METRIC = "2-way TVD"
 
@@ -52,7 +52,7 @@ def main() -> int:
     table = "diabetes130_cut" if args.quick else TABLE
     splits = ("IID", "Dirichlet 0.1") if args.quick else SPLITS
     seeds = range(1 if args.quick else args.seeds)
-    methods = [m for m in METHODS if m in STRATEGIES]
+    methods = [m for m in METHODS if m.removesuffix(AUGMENTED) in STRATEGIES]
     try:
         tables.load(table)
     except tables.Missing as missing:
@@ -112,8 +112,8 @@ def _run(job: Job) -> Run:
 def measured_split(job: Job) -> dict[str, float]:
     """How far off a method is whose people are dealt out in one way."""
     case = tables.load(job.table, quick=job.quick)
-    strategy = build_strategy(job.method, settings_of(job.method, case, quick=job.quick))
-    clients = dealt_out(case, job.level, np.random.default_rng([job.seed, 2]))
+    strategy = _strategy(job.method, case, quick=job.quick)
+    clients = tables.dealt_out(case, job.level, np.random.default_rng([job.seed, 2]))
     rng = np.random.default_rng([job.seed, 1])
     dial = dial_of(strategy, case, EPSILON)
     with report.cpu_timer() as spent:
@@ -125,15 +125,22 @@ def measured_split(job: Job) -> dict[str, float]:
 def same_everywhere(method: str, table: str, splits: tuple[str, ...], quick: bool) -> bool:
     """Whether the same noise gives the same records however people are dealt out."""
     case = tables.load(table, quick=quick)
-    strategy = build_strategy(method, settings_of(method, case, quick=quick))
+    strategy = _strategy(method, case, quick=quick)
     dial = dial_of(strategy, case, EPSILON)
     made = []
     for split in splits:
-        clients = dealt_out(case, split, np.random.default_rng(2))
+        clients = tables.dealt_out(case, split, np.random.default_rng(2))
         rng, stream = np.random.default_rng(1), Seeded()
         learned = direct_run(strategy, case.schema, clients, dial, rng=rng, stream=stream)
         made.append(learned.sample(10_000, rng).codes)
     return all(np.array_equal(made[0], codes) for codes in made)
+
+
+def _strategy(method: str, case: tables.Case, *, quick: bool) -> Strategy:
+    """A method by its name here."""
+    name = method.removesuffix(AUGMENTED)
+    settings = settings_of(name, case, quick=quick)
+    return build_strategy(name, settings | ({"augmented": True} if name != method else {}))
 
 
 class Seeded:
@@ -147,31 +154,6 @@ class Seeded:
     def read(self, num_bytes: int) -> bytes:
         """The next bytes."""
         return self._rng.bytes(num_bytes)
-
-
-def dealt_out(case: tables.Case, split: str, rng: np.random.Generator) -> list[BoundedShard]:
-    """A shard a client; each user is whole at one of them, told by the user's first record.
-
-    Args:
-      case: The population.
-      split: `IID`, `PUMA`, or `Dirichlet ALPHA`: client k gets a share of the users of each class,
-        the shares of a class drawn from a symmetric Dirichlet distribution.
-      rng: Source of the dealing.
-    """
-    shard = case.train
-    first = shard.records.codes[shard.starts[:-1]]
-    if split == "IID":
-        client = rng.permutation(np.arange(shard.num_users) % CLIENTS)
-    elif split.startswith("Dirichlet"):
-        label = first[:, case.schema.index(case.schema.target or case.schema.names[-1])]
-        client = np.empty(shard.num_users, dtype=np.int64)
-        for value in np.unique(label):
-            mine = np.flatnonzero(label == value)
-            shares = rng.dirichlet(np.full(CLIENTS, float(split.split()[1])))
-            client[mine] = rng.choice(CLIENTS, len(mine), p=shares)
-    else:
-        client = first[:, case.schema.index(split)]
-    return [shard.only(client == k) for k in np.unique(client)]
 
 
 if __name__ == "__main__":

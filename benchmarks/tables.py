@@ -29,6 +29,7 @@ from fedsynth.core.users import partition_of
 _ROOT = Path(__file__).resolve().parent.parent
 _EXAMPLE = _ROOT / "examples" / "diabetes130"
 _RECORD = PrivacyUnit()
+CLIENTS = 20  # among which people are dealt out, where that matters; ACS has as many areas
 _HELD_OUT = 0.2  # share of a table without users that judges are tested on
 
 
@@ -49,6 +50,31 @@ class Case:
     train: BoundedShard
     test: Records
     delta: float
+
+
+def dealt_out(case: Case, split: str, rng: np.random.Generator) -> list[BoundedShard]:
+    """A shard a client; each user is whole at one of them, told by the user's first record.
+
+    Args:
+      case: The population.
+      split: `IID`, `PUMA`, or `Dirichlet ALPHA`: client k gets a share of the users of each class,
+        the shares of a class drawn from a symmetric Dirichlet distribution.
+      rng: Source of the dealing.
+    """
+    shard = case.train
+    first = shard.records.codes[shard.starts[:-1]]
+    if split == "IID":
+        client = rng.permutation(np.arange(shard.num_users) % CLIENTS)
+    elif split.startswith("Dirichlet"):
+        label = first[:, case.schema.index(case.schema.target or case.schema.names[-1])]
+        client = np.empty(shard.num_users, dtype=np.int64)
+        for value in np.unique(label):
+            mine = np.flatnonzero(label == value)
+            shares = rng.dirichlet(np.full(CLIENTS, float(split.split()[1])))
+            client[mine] = rng.choice(CLIENTS, len(mine), p=shares)
+    else:
+        client = first[:, case.schema.index(split)]
+    return [shard.only(client == k) for k in np.unique(client)]
 
 
 class Missing(Exception):

@@ -56,12 +56,14 @@ def direct_run(
         lattice = mechanism.Lattice.of(query)
         return mechanism.noised(total, stddev=stddev, lattice=lattice, stream=secret)
 
-    clients = [shard] if isinstance(shard, BoundedShard) else shard
-    return _drive(strategy, schema, clients, noise_multiplier, rng, secret, noisy)
+    return _drive(strategy, schema, _clients(shard), noise_multiplier, rng, secret, noisy)
 
 
 def non_private(
-    strategy: Strategy, schema: Schema, shard: BoundedShard, rng: np.random.Generator
+    strategy: Strategy,
+    schema: Schema,
+    shard: BoundedShard | Sequence[BoundedShard],
+    rng: np.random.Generator,
 ) -> Synthesizer:
     """What a strategy learns from exact sums: the bound that no amount of budget passes.
 
@@ -72,7 +74,7 @@ def non_private(
     Args:
       strategy: The method.
       schema: Public schema of the records.
-      shard: All users, as one client.
+      shard: All users, as one client; or one shard a client.
       rng: Public randomness of the strategy.
 
     Privacy:
@@ -82,7 +84,7 @@ def non_private(
     def exact(query: Query, total: NDArray[np.int64]) -> NDArray[np.int64]:
         return total if query.choice is None else best(total, query)
 
-    return _drive(strategy, schema, [shard], _TINY, rng, OsKeyStream(), exact)
+    return _drive(strategy, schema, _clients(shard), _TINY, rng, OsKeyStream(), exact)
 
 
 def prior(
@@ -99,6 +101,11 @@ def prior(
       rng: Public randomness of the strategy.
     """
     return direct_run(strategy, schema, _nobody(schema), noise_multiplier, rng=rng)
+
+
+def _clients(shard: BoundedShard | Sequence[BoundedShard]) -> Sequence[BoundedShard]:
+    """One shard a client."""
+    return [shard] if isinstance(shard, BoundedShard) else shard
 
 
 def _drive(
