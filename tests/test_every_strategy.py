@@ -22,6 +22,7 @@ QUICK = {
     "absyn": {"num_steps": 2, "batch": 3},
     "flaim": {"num_steps": 2, "augmented": True},
     "private_evolution": {"num_rounds": 3, "num_candidates": 40},
+    "tab_pe": {"num_rounds": 3, "num_candidates": 40},
     "dp_fedavg": {"num_rounds": 3, "num_users": 40, "sampling_prob": 0.5},
     "dp_merf": {"num_steps": 20},
     "dp_wgan": {"num_rounds": 3, "steps_per_round": 2, "batch_size": 64},
@@ -38,6 +39,7 @@ TABLES_ONLY = {
     "mwem",
     "privmrf",
     "privsyn",
+    "tab_pe",
     "relational",
 }
 CASES = [(name, schema) for name in strategy_names() for schema in ("table", "images")]
