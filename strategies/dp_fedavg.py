@@ -16,6 +16,7 @@ from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
 from .parts.autoencoder import LocalTraining, Net, net_data, parse_net, updates
+from .parts.width import refuse_wide
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ class DpFedAvg(Strategy):
     def _net(self, schema: Schema) -> Net:
         """The model for a schema."""
         shape = schema.image.shape if schema.image else None
-        return Net(self.model, schema.shape, shape, self.hidden, self.latent)
+        net = Net(self.model, schema.shape, shape, self.hidden, self.latent)
+        refuse_wide(schema, self.name, net.num_weights)
+        return net
 
 
 class _Optimizer:

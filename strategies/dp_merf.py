@@ -15,6 +15,7 @@ from ..core.schema import Schema
 from .parts.features import Features
 from .parts.generator import Fitting, Target, fitted, label_column, untrained
 from .parts.simplex import pooled_total, to_simplex
+from .parts.width import MOST_NUMBERS, refuse_wide
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 _INSIDE = 1 - 1e-6  # a user's vector stays within the clip in spite of float32 rounding
 _RECORDS = 2048  # records whose features are held at a time, unless one user has more
 _FOR_IMAGES, _FOR_TABLES = 2000, 500  # random features
-_MOST_NUMBERS = 1 << 27  # in the map of records to features
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,12 @@ class DpMerf(Strategy):
         """One Gaussian sum."""
         from ..core.accounting import single_event
 
-        label_column(schema, self.label)
+        label = label_column(schema, self.label)
+        num_pixels = 0 if schema.image is None else schema.image.num_pixels
+        width, cells = self._width(num_pixels), int(_columns(schema, label)[0].sum())
+        num_labels = schema.shape[label] if label >= 0 else 1
+        largest = max((num_pixels + cells) * width, num_labels * (width + cells + 1))
+        refuse_wide(schema, self.name, largest)
         return single_event(noise_multiplier)
 
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
@@ -207,7 +212,7 @@ class DpMerf(Strategy):
             or cells.shape != bins.shape
             or min([0, *counts[0], *counts[1]]) < 0
             or any(b > c > 0 for c, b in zip(*counts, strict=True))
-            or rows * self._width(num_pixels) > _MOST_NUMBERS
+            or rows * self._width(num_pixels) > MOST_NUMBERS
         ):
             raise ConfigError("the sizes of a record's columns are impossible")
         return Features.draw(

@@ -32,6 +32,7 @@ from .generator import (
 )
 from .histograms import Grid, Histograms, cells_of
 from .simplex import pooled_total, to_simplex
+from .width import refuse_wide
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
@@ -45,8 +46,7 @@ _RARE = 1e-7  # share of a cell that was measured as empty, within its group
 _LEAST_RATE = 0.1  # of the learning rate is left at the end
 _LEAK = np.float32(0.02)  # slope that passes a pixel which is full or empty
 _PIXEL_NOISE = 0.1
-_LAST = 1.0  # of the first last matrix: a network must begin somewhere other than apart
-_BALANCED, _BALANCINGS = 4096, 20  # records made, and passes over them, to bring columns in balance
+_BALANCED, _BALANCINGS = 4096, 20  # records, and passes over them, to bring columns in balance
 _LEAST_SHARE = 1e-5  # below it a share is not told from zero
 
 
@@ -138,6 +138,8 @@ class Adversarial(Strategy):
         from ...core.accounting import compose, event_of, single_event
 
         label_column(schema, self.label)
+        width = max(self.batch_size, 2 * self.num_hidden)  # one-hot records; weights of the network
+        refuse_wide(schema, self.name, width * schema.num_cells)
         first, each = self._split(noise_multiplier)
         rounds = event_of({(each, float(self.sampling_prob)): self.num_rounds})
         return compose([single_event(first), rounds])
@@ -242,7 +244,7 @@ class _Game:
         noise: float,
         rng: np.random.Generator,
     ) -> None:
-        """Start from independent columns.
+        """Start from columns in their measured shares, dependent at random.
 
         Args:
           settings: The strategy.
@@ -273,7 +275,7 @@ class _Game:
         self._outputs = self.inputs.size - len(labels)
         hidden = settings.num_hidden
         widths = [settings.num_codes + len(self._label_probs), hidden, hidden, self._outputs]
-        self._weights = random_weights(widths, rng, last=_LAST)
+        self._weights = random_weights(widths, rng, last=1.0)  # smaller learns slower
         weights = [np.bincount(g, s) for g, s in zip(self._groups, self._shares, strict=True)]
         if weights:
             self._weights[-1][self._pixels :] = np.log(np.concatenate(weights) + _LEAST_SHARE)

@@ -42,7 +42,7 @@ from fedsynth.simulation.local import LocalGrid
 from fedsynth.simulation.run import run
 from fedsynth.strategies.independent import Independent
 from fedsynth.strategies.mst import Mst
-from fedsynth.strategies.registry import settings_of
+from fedsynth.strategies.registry import build_strategy, settings_of
 from flwr.app import Context, Message, RecordDict
 
 MARK, NUMBER = "zqx77", 739_152
@@ -653,6 +653,14 @@ def test_a_million_categories_are_learnt_and_sampled(million: Schema):
         learnt = direct_run(strategy, schema, shard, 0.5, rng=np.random.default_rng(0))
         sample = learnt.sample(1_000, np.random.default_rng(0)).codes
         assert (sample[:, 0] == 7).mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["dp_merf", "dp_fedavg", "dp_wgan", "rdp_gan"])
+def test_a_network_refuses_a_million_categories_before_anybody_is_asked(name: str, million: Schema):
+    schema = Schema((*million.columns, Column("ill", "boolean", ORIGIN)))
+
+    with pytest.raises(ConfigError, match="column 'code' alone has 1,000,001 cells. Give it fewer"):
+        build_strategy(name, {}).event(schema, 1.0)
 
 
 def test_a_setting_is_refused_before_a_bad_table_is_read(tmp_path: Path):
