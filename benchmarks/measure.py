@@ -9,6 +9,7 @@ were run apart are one whole once their files are put together, in any order.
 import report  # isort: skip  (first: it holds numpy and torch to one thread)
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,6 +81,18 @@ class Job:
         return (self.table, self.method, self.level, self.seed)
 
 
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """A short digest of all that a method is made of."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for path in sorted(
+        p for folder in ("core", "strategies") for p in (root / folder).rglob("*.py")
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Run:
     """What was measured.
@@ -87,11 +101,13 @@ class Run:
       job: Of what.
       figures: By metric; empty if it failed.
       failed: Why there is nothing; empty if there is.
+      code: Digest of the code that was measured.
     """
 
     job: Job
     figures: Mapping[str, float] = field(default_factory=dict)
     failed: str = ""
+    code: str = field(default_factory=code_digest)
 
 
 class Runs:
@@ -102,8 +118,11 @@ class Runs:
         self._known: dict[tuple[str, str, str, int], Run] = {}
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
-                run = Run(Job(**entry["job"]), entry["figures"], entry["failed"])
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # cut short: that run has not been kept
+                run = Run(**(entry | {"job": Job(**entry["job"])}))
                 self._known[run.job.key] = run
 
     def has(self, job: Job) -> bool:
@@ -120,8 +139,9 @@ class Runs:
         self._known[run.job.key] = run
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            line = json.dumps(asdict(run), allow_nan=False)
             with self._path.open("a", encoding="utf-8") as file:  # one write: parts may run at once
-                file.write(json.dumps(asdict(run), allow_nan=False) + "\n")
+                file.write(f"\n{line}\n")  # a line that was cut short ends here
 
     def of(self, table: str, method: str, level: str) -> list[Run]:
         """The runs of one case that have figures, by seed."""
@@ -133,6 +153,11 @@ class Runs:
         found = [r.job for r in self._known.values() if r.figures and r.job.quick == quick]
         return list({job.key[:3]: job for job in found}.values())
 
+    def of_other_code(self, *, quick: bool) -> int:
+        """How many runs of our own were measured before the code was changed."""
+        ours = [r for r in self._known.values() if r.job.peer is None and r.job.quick == quick]
+        return sum(run.code != code_digest() for run in ours)
+
     def failures(self, *, quick: bool) -> list[Run]:
         """Runs that gave nothing."""
         return [r for r in self._known.values() if r.failed and r.job.quick == quick]
@@ -143,7 +168,7 @@ class Runs:
 
 
 def add_cases(figures: report.Report, runs: Runs, cases: Iterable[Job]) -> None:
-    """Report the metrics of cases, each over its seeds; and why others have none."""
+    """Report the metrics of cases, each over its seeds, and what is to be said of their runs."""
     for job in cases:
         table, method, level, _ = job.key
         judged = {m for r in runs.of(table, method, level) for m in r.figures if "accuracy" in m}
@@ -151,8 +176,15 @@ def add_cases(figures: report.Report, runs: Runs, cases: Iterable[Job]) -> None:
             if values := runs.values(table, method, level, metric):
                 name = f"{table} {method} {level}"
                 figures.add(name, metric, values, unit=UNITS.get(metric, ""), peer=job.peer)
+    note_runs(figures, runs)
+
+
+def note_runs(figures: report.Report, runs: Runs) -> None:
+    """Say which runs gave nothing, and how many are not of this code."""
     for run in runs.failures(quick=figures.quick):
         figures.note(f"{' '.join(map(str, run.job.key))}: {run.failed}")
+    if other := runs.of_other_code(quick=figures.quick):
+        figures.note(f"{other} runs were measured before the code was changed; --fresh runs anew")
 
 
 def measure_all(

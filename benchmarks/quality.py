@@ -36,6 +36,7 @@ LIMIT_S = 1800.0
 def main() -> int:
     """Measure what is not known yet."""
     options = report.parser(__doc__)
+    options.add_argument("--fresh", action="store_true", help="run anew what is known already")
     options.add_argument("--seeds", type=int, default=SEEDS, help="repetitions (default 3)")
     args = options.parse_args()
     figures = report.Report("quality", args)
@@ -46,7 +47,7 @@ def main() -> int:
         levels = [(NOISE_ONLY, 0), (NO_NOISE, 0)]
         levels += [(f"epsilon={e:g}", seed) for e, seed in product(epsilons, range(seeds))]
         jobs += [Job(TABLE, method, *level, judge=True, quick=args.quick) for level in levels]
-    missing = [job for job in jobs if not runs.has(job)]
+    missing = [job for job in jobs if args.fresh or not runs.has(job)]
     measure_all(missing, runs, lambda job: measured(job, limit_s=LIMIT_S), at_once=1)
     add_cases(figures, runs, runs.cases(quick=args.quick))
     found = runs.values(TABLE, "dp_merf", "epsilon=1", "accuracy, logistic")

@@ -29,6 +29,7 @@ from measure import (
     distances,
     in_own_process,
     measure_all,
+    note_runs,
     settings_of,
 )
 from tabular import DEFAULT, holm, paired_p
@@ -45,6 +46,7 @@ METRIC = "2-way TVD"
 def main() -> int:
     """Measure what is not known yet."""
     options = report.parser(__doc__)
+    options.add_argument("--fresh", action="store_true", help="run anew what is known already")
     options.add_argument("--seeds", type=int, default=SEEDS, help="repetitions (default 5)")
     args = options.parse_args()
     figures = report.Report("skew", args)
@@ -62,13 +64,12 @@ def main() -> int:
         Job(table, method, split, seed, quick=args.quick)
         for method, split, seed in product(methods, splits, seeds)
     ]
-    measure_all([job for job in jobs if not runs.has(job)], runs, _run, at_once=1)
+    measure_all([job for job in jobs if args.fresh or not runs.has(job)], runs, _run, at_once=1)
     for method, split in product(methods, splits):
         for metric in ("2-way TVD", "3-way TVD"):
             if values := runs.values(table, method, split, metric):
                 figures.add(f"{table} {method} {split}", metric, values, unit="")
-    for run in runs.failures(quick=args.quick):
-        figures.note(f"{' '.join(map(str, run.job.key))}: {run.failed}")
+    note_runs(figures, runs)
     _claims(figures, runs, methods, table, splits)
     return figures.finish(by_case=True)
 

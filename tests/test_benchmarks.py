@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What benchmarks conclude from their figures, and that a benchmark which was cut goes on."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = str(Path(__file__).resolve().parent.parent / "benchmarks")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+@pytest.fixture(scope="module")
+def tabular():
+    before = {name: os.environ.get(name) for name in THREADS}
+    sys.path.insert(0, FOLDER)
+    yield importlib.import_module("tabular")
+    sys.path.remove(FOLDER)
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def measure(tabular):
+    return importlib.import_module("measure")
+
+
+@pytest.mark.parametrize(
+    ("p_values", "expected"),
+    [
+        ([0.01], [0.01]),
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),  # Holm (1979): 3 x .01; 2 x .03; at least that
+        ([0.5, 0.9, 0.02], [1.0, 1.0, 0.06]),
+        ([], []),
+    ],
+)
+def test_corrected_p_values_are_those_worked_out_by_hand(tabular, p_values, expected):
+    assert tabular.holm(p_values) == pytest.approx(expected)
+
+
+def test_a_difference_in_every_pair_is_found_where_figures_apart_would_hide_it(tabular):
+    rng = np.random.default_rng(0)
+    hard = rng.normal(1.0, 0.5, 5)  # seeds differ far more than the two methods do
+
+    assert tabular.paired_p(hard, hard + 0.01 + rng.normal(0, 1e-3, 5)) < 1e-3
+    assert tabular.paired_p(hard, hard + rng.normal(0, 1e-3, 5)) > 0.05
+
+
+def test_figures_without_spread_are_alike_or_not(tabular):
+    assert tabular.paired_p([0.1, 0.2], [0.1, 0.2]) == 1.0
+    assert tabular.paired_p([0.1, 0.2], [0.3, 0.4]) == 0.0
+
+
+def test_runs_are_kept_and_read_again_even_where_a_line_was_cut(measure, tmp_path):
+    path = tmp_path / "x.runs.jsonl"
+    first, second = (measure.Job("adult", "mst", "epsilon=1", seed) for seed in (0, 1))
+    runs = measure.Runs(path)
+    runs.add(measure.Run(first, {"2-way TVD": 0.04}))
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"job": {"table": "adult", "me')  # the process was killed here
+
+    again = measure.Runs(path)
+    again.add(measure.Run(second, {"2-way TVD": 0.05}))
+
+    known = measure.Runs(path)
+    assert known.has(first)
+    assert known.has(second)
+    assert known.values("adult", "mst", "epsilon=1", "2-way TVD") == [0.04, 0.05]
+
+
+def test_what_ran_too_long_is_not_tried_again_and_what_failed_is(measure):
+    slow, broken = (measure.Job("adult", name, "epsilon=1", 0) for name in ("aim", "mst"))
+    runs = measure.Runs(None)
+
+    runs.add(measure.Run(slow, failed="no result in 900 s"))
+    runs.add(measure.Run(broken, failed="NameError: name 'x' is not defined"))
+
+    assert runs.has(slow)
+    assert not runs.has(broken)
+
+
+def test_a_run_without_judges_does_not_stand_for_one_with_them(measure):
+    runs = measure.Runs(None)
+
+    runs.add(measure.Run(measure.Job("adult", "mst", "epsilon=1", 0), {"CPU-s": 1.0}))
+
+    assert not runs.has(measure.Job("adult", "mst", "epsilon=1", 0, judge=True))
+    assert runs.has(measure.Job("adult", "mst", "epsilon=1", 0))
