@@ -659,7 +659,7 @@ def test_a_million_categories_are_learnt_and_sampled(million: Schema):
 def test_a_network_refuses_a_million_categories_before_anybody_is_asked(name: str, million: Schema):
     schema = Schema((*million.columns, Column("ill", "boolean", ORIGIN)))
 
-    with pytest.raises(ConfigError, match="column 'code' alone has 1,000,001 cells. Give it fewer"):
+    with pytest.raises(ConfigError, match="column 'code' alone has 1,000,001 cells"):
         build_strategy(name, {}).event(schema, 1.0)
 
 
