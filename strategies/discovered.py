@@ -499,9 +499,9 @@ def _domain_cells(domain: Mapping[str, NDArray[Any]], shard: BoundedShard) -> Co
         scales.append(np.repeat(known[:, None], tree.num_levels, axis=1).astype(np.float64))
         first += tree.num_nodes
     for column, texts, sketch in _text_parts(domain, codes):
-        lit, signs, known = sketch.cells(texts)
+        lit, loud, known = sketch.cells(texts)
         cells.append(lit + first)
-        scales.append(signs * (known & (codes[:, column] == 0))[:, None])
+        scales.append(loud * (known & (codes[:, column] == 0))[:, None])
         first += sketch.dim
     return Contribution.cells(
         np.concatenate(cells, axis=1),

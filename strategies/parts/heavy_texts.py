@@ -2,9 +2,9 @@
 """Find the texts that many users share by one noisy sum of hashed cells; decode, then check.
 
 A record adds to the bucket that its text is hashed to, and to one signed cell a slot of a table.
-A slot carries one byte of the text; a short text goes round the slots several times, so that it
-is heard the better. Whoever knows the sum reads a heavy bucket's text byte by byte, and keeps it
-only if it is hashed to that bucket.
+A slot carries one byte of the text; a short text goes round the slots several times, and all
+texts are equally loud in all. Whoever knows the sum reads a heavy bucket's text byte by byte,
+keeps it only if it is hashed to that bucket, and takes it out of the table for the others' sake.
 """
 
 import math
@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from ...core.open_codes import text_of
 from ...core.records import mixed
 
-BUCKET_BITS, TABLE_BITS = 15, 17
+BUCKET_BITS, TABLE_BITS = 15, 18
 _BUCKETS, _TABLE = 1 << BUCKET_BITS, 1 << TABLE_BITS
 _BUCKET_SHARE = 0.25  # of a column's energy, that finds buckets; the slots have the rest
 _LENGTHS = 2  # lengths tried for each bucket, the likeliest first
 _DOUBTFUL = 6  # bytes of a text whose second-best reading is tried as well
+_PASSES = 3  # rounds of reading; a text taken out of the table may let another be read
+_SURE = 4.0  # how much likelier, in logarithms, a reading must be than a bucket without a text
 
 
 @dataclass(frozen=True)
@@ -54,28 +56,36 @@ class TextSketch:
     def cells(
         self, texts: NDArray[np.uint8]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
-        """Cells that texts light, the sign of each, and whether a text is more than nothing.
+        """Cells that texts light, how loudly, and whether a text is more than nothing.
 
         Args:
           texts: Bytes filled up with zeros, `(num_texts, width)` with `width >= max_bytes`.
 
         Returns:
-          Cells and signs, `(num_texts, num_lit)`, and `(num_texts,)`.
+          Cells, and what their heights are multiplied by, `(num_texts, num_lit)` both: a sign, and
+          0 for slots that no whole turn of the text fills, which makes the others louder. And
+          `(num_texts,)`.
         """
         texts = texts[:, : self.max_bytes]
         lengths = _lengths(texts)
         buckets = bucket_of(texts)
         slots = np.arange(self.max_bytes)
-        at_least_one = np.maximum(lengths, 1)[:, None]
-        places = slots % at_least_one
-        heard = np.take_along_axis(texts, places, axis=1)
-        words = mixed(_salts(self.max_bytes)[at_least_one - 1, slots, heard], buckets[:, None])
+        turn = np.maximum(lengths, 1)[:, None]
+        heard = np.take_along_axis(texts, slots % turn, axis=1)
+        words = mixed(_salts(self.max_bytes)[turn - 1, slots, heard], buckets[:, None])
         cells = np.empty((len(texts), self.num_lit), dtype=np.int64)
         cells[:, 0] = buckets
         cells[:, 1:] = _BUCKETS + (words & np.uint64(_TABLE - 1)).astype(np.int64)
-        signs = np.ones(cells.shape)
-        signs[:, 1:] = _signs(words)
-        return cells, signs, lengths > 0
+        loud = np.ones(cells.shape)
+        loud[:, 1:] = _signs(words) * self._loudness[turn - 1, slots]
+        return cells, loud, lengths > 0
+
+    @cached_property
+    def _loudness(self) -> NDArray[np.float64]:
+        """What each slot is multiplied by for a text of each length, `(max_bytes, max_bytes)`."""
+        lengths = np.arange(1, self.max_bytes + 1)[:, None]
+        filled = self.max_bytes // lengths * lengths
+        return np.where(np.arange(self.max_bytes) < filled, np.sqrt(self.max_bytes / filled), 0.0)
 
     def texts(
         self, noisy: NDArray[np.float64], *, stddev: float, threshold: float, max_texts: int
@@ -96,18 +106,25 @@ class TextSketch:
         heavy = heavy[np.argsort(-heard[heavy], kind="stable")][:max_texts]
         bucket_height, slot_height = self.heights[:2].tolist()
         found: dict[str, float] = {}
-        for bucket in heavy.tolist():
-            strength = slot_height * float(heard[bucket]) / bucket_height / stddev
-            encoded = self._read(bucket, table / stddev, strength)
-            if encoded is None:
-                continue
-            cells, signs, _ = self.cells(encoded[None, :])
-            lit = cells[0, 1:] - _BUCKETS
-            level = float((table[lit] * signs[0, 1:]).mean())
-            np.subtract.at(table, lit, level * signs[0, 1:])  # out of the way of the next ones
-            text = text_of(encoded.tobytes())
-            if text is not None and level > 0:
-                found[text] = level / slot_height
+        waiting = heavy.tolist()
+        for _ in range(_PASSES):
+            unread = []
+            for bucket in waiting:
+                strength = slot_height * float(heard[bucket]) / bucket_height / stddev
+                encoded = self._read(bucket, table / stddev, strength)
+                if encoded is None:
+                    unread.append(bucket)
+                    continue
+                cells, loud, _ = self.cells(encoded[None, :])
+                lit, loud = cells[0, 1:] - _BUCKETS, loud[0, 1:]
+                level = float(table[lit] @ loud) / self.max_bytes
+                np.subtract.at(table, lit, level * loud)
+                text = text_of(encoded.tobytes())
+                if text is not None:
+                    found[text] = level / slot_height
+            if len(unread) in (0, len(waiting)):
+                break
+            waiting = unread
         return sorted(found.items(), key=lambda item: (-item[1], item[0]))
 
     def _read(
@@ -124,14 +141,17 @@ class TextSketch:
         values = table[(words & np.uint64(_TABLE - 1)).astype(np.int64)] * _signs(words)
         readings = []
         for length in range(1, self.max_bytes + 1):
-            places = np.arange(self.max_bytes) % length
-            scores = np.zeros((length, 256))
-            np.add.at(scores, places, values[length - 1])
-            scores *= strength
+            filled = self.max_bytes // length * length
+            slots = values[length - 1, :filled].reshape(-1, length, 256)
+            scores = slots.sum(axis=0)
+            scores *= strength * self._loudness[length - 1, 0]
             scores += _log_prior()
             readings.append((float(scores.max(axis=1).sum()), length, scores))
         readings.sort(key=lambda reading: -reading[0])
-        for _, length, scores in readings[:_LENGTHS]:
+        nothing = self.max_bytes * strength**2 / 2
+        for likely, length, scores in readings[:_LENGTHS]:
+            if likely < nothing + _SURE:
+                break
             candidates = _likeliest(scores)
             texts = np.zeros((len(candidates), self.max_bytes), dtype=np.uint8)
             texts[:, :length] = candidates
@@ -160,7 +180,7 @@ def text_keys(texts: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 def _likeliest(scores: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Readings of a text, the likeliest first: doubtful bytes are read in two ways."""
-    order = np.argsort(-scores, axis=1)[:, :2]
+    order = np.argpartition(-scores, 1, axis=1)[:, :2]
     top = np.take_along_axis(scores, order, axis=1)
     loss = top[:, 0] - top[:, 1]
     doubtful = np.argsort(loss, kind="stable")[:_DOUBTFUL]

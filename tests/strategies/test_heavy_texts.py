@@ -17,8 +17,8 @@ def as_bytes(texts, max_bytes=32):
 def summed(sketch, counts):
     """The exact sum over users of one text each."""
     total = np.zeros(sketch.dim)
-    cells, signs, _ = sketch.cells(as_bytes(list(counts), sketch.max_bytes))
-    weights = np.array(list(counts.values()))[:, None] * signs * sketch.heights
+    cells, loud, _ = sketch.cells(as_bytes(list(counts), sketch.max_bytes))
+    weights = np.array(list(counts.values()))[:, None] * loud * sketch.heights
     np.add.at(total, cells, weights)
     return total
 
@@ -30,12 +30,12 @@ def read(sketch, noisy, stddev, threshold=5.0, max_texts=100):
 
 def test_a_record_lights_cells_of_norm_one():
     sketch = TextSketch(32)
-    cells, signs, known = sketch.cells(as_bytes(WORDS))
+    cells, loud, known = sketch.cells(as_bytes(WORDS))
 
-    assert cells.shape == signs.shape == (len(WORDS), 33)
+    assert cells.shape == loud.shape == (len(WORDS), 33)
+    assert np.linalg.norm(loud * sketch.heights, axis=1) == pytest.approx(1)
     assert np.linalg.norm(sketch.heights) == pytest.approx(1)
     assert known.all()
-    assert (np.abs(signs) == 1).all()
     assert cells.min() >= 0
     assert cells.max() < sketch.dim
 
@@ -128,8 +128,20 @@ def test_keys_do_not_depend_on_how_far_a_text_is_filled_up():
 def test_bytes_that_are_no_text_light_cells_all_the_same():
     wild = np.random.default_rng(5).integers(0, 256, (50, 32)).astype(np.uint8)
     wild[0] = 0
-    cells, signs, known = TextSketch(32).cells(wild)
+    cells, loud, known = TextSketch(32).cells(wild)
 
     assert cells.shape == (50, 33)
-    assert np.isfinite(signs).all()
+    assert np.isfinite(loud).all()
     assert known.tolist() == [False] + [True] * 49
+
+
+def test_texts_of_all_lengths_are_equally_loud():
+    """What a text needs to be read grows with the root of its length, and no faster."""
+    sketch, rng = TextSketch(32), np.random.default_rng(6)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+
+    for length, users in ((3, 14.0), (8, 18.0), (16, 28.0), (24, 36.0)):
+        truth = {"".join(rng.choice(letters, length)): users for _ in range(40)}
+        found = read(sketch, summed(sketch, truth) + rng.normal(0, 1.0, sketch.dim), 1.0)
+
+        assert len(set(found) & set(truth)) >= 36, length
