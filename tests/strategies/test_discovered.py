@@ -22,7 +22,7 @@ from fedsynth.simulation.direct import direct_run, non_private
 from fedsynth.strategies.discovered import OTHER, Discovered
 from fedsynth.strategies.independent import Independent
 from fedsynth.strategies.mst import Mst
-from fedsynth.strategies.registry import build_strategy, settings_of
+from fedsynth.strategies.registry import build_strategy, settings_of, strategy_names
 from scipy.stats import kstest, norm
 
 UNIQUE = "Snowflake Bay"
@@ -34,6 +34,16 @@ SCHEMA = Schema.from_json(
             "age": {"type": "integer", "bounds": OPEN, "num_bins": 8, "missing": True},
             "ill": {"type": "boolean"},
             "weight": {"type": "real", "bounds": OPEN},
+        }
+    }
+)
+
+
+SMALL = Schema.from_json(
+    {
+        "columns": {
+            name: {"type": "category", "categories": ["a", "b"], "origin": "public: made up"}
+            for name in ("one", "two", "three", "four")
         }
     }
 )
@@ -164,6 +174,27 @@ def test_settings_that_mean_nothing_are_refused(settings, named):
 def test_a_strategy_whose_cost_depends_on_the_domain_is_refused():
     with pytest.raises(ConfigError, match="declare bounds and categories"):
         Discovered(CostsByCells()).event(SCHEMA, 1.0)
+
+
+@pytest.mark.parametrize("name", strategy_names())
+def test_every_installed_strategy_may_have_its_domain_found(name):
+    strategy = build_strategy(name, {}, is_open=True)
+
+    try:
+        known = strategy.inner.event(SMALL, 1.0)
+    except ConfigError:
+        pytest.skip("refuses small tables, open or not")
+    event = strategy.event(SCHEMA, 1.0)
+
+    assert sum(accounting.leaves(event).values()) == 2 + sum(accounting.leaves(known).values())
+
+
+def test_what_the_inner_strategy_declares_is_passed_on():
+    strategy = Discovered(Declares(max_norm=2.5))
+
+    assert strategy.trusts_server is True
+    assert strategy.caution == "mind the step"
+    assert strategy.max_norm == 2.5
 
 
 def test_where_the_domain_rounds_are_lost_the_run_still_ends():
@@ -358,6 +389,15 @@ class Recording(Independent):
 
     def answer(self, query, shard, rng):
         return self.inner.answer(query, shard, rng)
+
+
+@dataclass(frozen=True)
+class Declares(Independent):
+    """A strategy with something to say of itself."""
+
+    name: ClassVar[str] = "declares"
+    trusts_server: ClassVar[bool] = True
+    caution: ClassVar[str] = "mind the step"
 
 
 @dataclass(frozen=True)
