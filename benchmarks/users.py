@@ -30,6 +30,9 @@ from fedsynth.core.records import BoundedShard
 from fedsynth.core.schema import Column, Schema
 from fedsynth.core.synthesizer import Synthesizer
 from fedsynth.simulation.direct import direct_run
+from fedsynth.strategies.independent import Columns
+from fedsynth.strategies.mst import Tree
+from fedsynth.strategies.parts.graph import Graph
 from fedsynth.strategies.parts.histograms import Grid, Histograms, cells_of
 from fedsynth.strategies.parts.measuring import best_norm, norm_cells, norm_query, norm_tables
 from fedsynth.strategies.registry import build_strategy
@@ -251,13 +254,20 @@ def counted(schema: Schema, shard: BoundedShard) -> Tables:
 def pairs_of(schema: Schema, synthesizer: Synthesizer) -> Tables:
     """Probabilities of all pairs of columns, exact where the synthesizer has them."""
     pairs = list(combinations(range(len(schema.columns)), 2))
-    if hasattr(synthesizer, "probs"):
+    if isinstance(synthesizer, Columns):
         return [np.outer(synthesizer.probs[a], synthesizer.probs[b]).ravel() for a, b in pairs]
-    model = getattr(synthesizer, "model", None)
-    if hasattr(model, "marginals"):
-        return [table.ravel() for table in model.marginals(pairs)]
-    if hasattr(model, "marginal"):
-        return [model.marginal(pair).ravel() for pair in pairs]
+    if isinstance(synthesizer, Graph):
+        inside = [
+            probs / grid.merge(probs)[grid.groups]
+            for grid, probs in zip(synthesizer.grids, synthesizer.columns, strict=True)
+        ]
+        groups = [grid.groups for grid in synthesizer.grids]
+        return [
+            (table[np.ix_(groups[a], groups[b])] * np.outer(inside[a], inside[b])).ravel()
+            for (a, b), table in zip(pairs, synthesizer.model.marginals(pairs), strict=True)
+        ]
+    if isinstance(synthesizer, Tree):
+        return [synthesizer.model.marginal(pair).ravel() for pair in pairs]
     records = synthesizer.sample(SAMPLED, np.random.default_rng(0))
     return [table / SAMPLED for table in _counts(schema, records.codes)]
 

@@ -35,7 +35,7 @@ _CLEAR = 4.0  # noise deviations that the mean cell of a coarse table stands abo
 _FEWEST_CELLS = 3  # of a column in a coarse table, however much noise there is
 _SURE = 1.3  # how far above the noise a pair must stand to be linked
 _GROWTH = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)  # shares of the cells, from a small model to all
-_TALL = 2.0  # how much higher the number of records stands than its share: all else leans on it
+_TALL = 2.0  # how much higher columns by themselves stand than their share: all else leans on them
 _BYTES = 8  # of a model's cell
 _MOST_RECORDS = 1000
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
@@ -138,13 +138,17 @@ class Relational(Strategy):
 
         by_size = Grid(layout.size, bands)
         own = [Grid.whole(column, shape[column]) for column in layout.own]
+        sizes = (Grid.whole(layout.size, self.most_records),)
         alone = Histograms.balanced(
-            [(Grid.whole(layout.size, self.most_records),), *((by_size, grid) for grid in own)]
+            [sizes, *((grid,) for grid in own), *((by_size, grid) for grid in own)]
         )
-        heights = alone.heights * np.where(np.arange(len(alone.members)) == 0, _TALL, 1.0)
+        tall = np.arange(len(alone.members)) <= len(own)  # all but the tables by band
+        heights = alone.heights * np.where(tall, _TALL, 1.0)
         alone = Histograms(alone.members, heights)
         noisy = yield relation_query(alone, layout, "columns", noise_multiplier=noise[0])
-        known = _Known.of(layout, shape, alone.measured(noisy), self.most_records)
+        ordered = [schema.columns[i].num_ordered_cells for i in (*layout.parent, *layout.child)]
+        first = alone.measured(noisy)
+        known = _Known.of(layout, shape, first, self.most_records, ordered)
 
         tables = Histograms.balanced(self._coarse(known, noise[1]))
         noisy = yield relation_query(tables, layout, "pairs", noise_multiplier=noise[1])
@@ -156,9 +160,15 @@ class Relational(Strategy):
         asked = [link for link in (*links, *alone_links) if layout.size not in link]
         grids = [Grid(c, coarsen(known.shares(c), self.pair_cells)) for c in range(len(shape))]
         chosen = [_table_of(link, known, grids) for link in dict.fromkeys(asked)]
-        fine = Histograms.balanced(chosen) if chosen else alone
+        chosen += [(grid,) for grid in own]
+        fine = Histograms.balanced(chosen)
         noisy = yield relation_query(fine, layout, "links", noise_multiplier=noise[2])
-        measured = [*coarse, *(fine.measured(noisy) if chosen else [])]
+        found = fine.measured(noisy)
+        measured = [*coarse, *found[: -len(own)]]
+        if first and found:
+            again = zip(first[1 : 1 + len(own)], found[-len(own) :], strict=True)
+            first[1 : 1 + len(own)] = [_pooled(one, other) for one, other in again]
+            known = _Known.of(layout, shape, first, self.most_records, ordered)
 
         family = Family(self.parent, self.parent_table, self.child_table, self.key)
         return _learned(schema, family, known, alone_links, links, measured)
@@ -208,6 +218,13 @@ class Relational(Strategy):
         return [_table_of(pair, known, grids) for pair in pairs if layout.size not in pair]
 
 
+def _pooled(one: Measured, other: Measured) -> Measured:
+    """Two measurements of the same table as one, each weighing by its precision."""
+    share = other.stddev**2 / (one.stddev**2 + other.stddev**2)
+    counts = share * one.counts + (1 - share) * other.counts
+    return Measured(one.grids, counts, share**0.5 * one.stddev)
+
+
 def _denoised(table: Measured, independent: NDArray[np.float64]) -> Measured:
     """A noisy table without what noise explains: beside independence, only what stands out."""
     shape = np.array([independent.shape])
@@ -237,19 +254,38 @@ class _Known:
 
     @staticmethod
     def of(
-        layout: Layout, shape: tuple[int, ...], found: Sequence[Measured], most_records: int
+        layout: Layout,
+        shape: tuple[int, ...],
+        found: Sequence[Measured],
+        most_records: int,
+        ordered: Sequence[int],
     ) -> "_Known":
-        """Read the first round's tables: that of the number of records, then the columns'."""
+        """Read the first round's tables.
+
+        Args:
+          layout: Which column is which.
+          shape: As the attribute.
+          found: The number of records, then each column alone, then each by band of the number.
+          most_records: Cells of the number of records.
+          ordered: How many of the first cells have an order, of each of `layout.own`.
+        """
         total = total_of(found)
         if total <= 0:
             return _Known(layout, shape, 0.0, np.full(most_records, 1.0 / most_records), {}, 0.0)
         sizes = to_simplex(smooth(found[0].counts, found[0].stddev) / total)
         bands = np.bincount(_bands(most_records), weights=sizes)
         by_size = {}
-        for table in found[1:]:
-            column = to_simplex(table.counts.sum(axis=0) / total)
-            cleared = _denoised(table, total * np.outer(bands, column))
-            by_size[table.grids[1].column] = cleared
+        half = len(layout.own)
+        tables = zip(found[1 : 1 + half], found[1 + half :], ordered, strict=True)
+        for single, banded, num_ordered in tables:
+            stddev = banded.stddev * len(banded.counts) ** 0.5
+            summed = Measured(single.grids, banded.counts.sum(axis=0), stddev)
+            column = _pooled(single, summed)
+            counts = column.counts.copy()
+            if num_ordered > 1:
+                counts[:num_ordered] = smooth(counts[:num_ordered], column.stddev)
+            independent = total * np.outer(bands, to_simplex(counts / total))
+            by_size[single.grids[0].column] = _denoised(banded, independent)
         return _Known(layout, shape, total, sizes, by_size, found[0].stddev)
 
     @property
@@ -332,9 +368,9 @@ def _links(known: _Known, coarse: Sequence[Measured], bands: slice) -> list[Cliq
     tables: dict[Clique, Measured] = {}
     for table in coarse:
         one, several = _slices(table)
-        found = several if bands is _SEVERAL else one
-        if found is not None:
-            tables[_link_of(table.grids, layout)] = found
+        part = several if bands is _SEVERAL else one
+        if part is not None:
+            tables[_link_of(table.grids, layout)] = part
     if bands is _SEVERAL:
         for column, table in known.by_size.items():
             ends = (Grid.whole(layout.size, known.shape[layout.size]), table.grids[1])
