@@ -58,9 +58,9 @@ class Absyn(MarginalStrategy):
     """
 
     ways: int = 2
-    num_steps: int = 5
-    batch: int = 6
-    growth: float = 2.0
+    num_steps: int = 8
+    batch: int = 4
+    growth: float = 1.5
     column_share: float = 0.1
     choice_share: float = 0.15
     max_model_mb: float = 1.6
