@@ -7,7 +7,7 @@ is a mean total variation in which each user weighs one: of the number of record
 of the user's columns; of a user's and a record's column; of pairs of columns of one record; and of
 pairs of columns of two different records of one user, among these the same column twice.
 
-`relational` is held against `mst` records, each drawn by itself (`weight = "user"`, the whole
+`relational` is held against `independent_records`: those of `mst`, each drawn by itself (`weight = "user"`, the whole
 budget) and dealt out to users whose exact numbers of records it is told for free.
 
     python benchmarks/relations.py --json relations.json    about fifteen minutes
@@ -99,7 +99,7 @@ def measure(
             ),
             with_users,
         ),
-        "independent records": (build_strategy("mst", {"weight": "user"}), dealt_out),
+        "independent_records": (build_strategy("mst", {"weight": "user"}), dealt_out),
     }
     reached: dict[tuple[str, float], Figures] = {}
     for epsilon in (*epsilons, np.inf):
@@ -117,7 +117,7 @@ def measure(
             for metric in each[0]:
                 unit = "CPU-s" if metric == "CPU-s" else "TVD"
                 values = [one[metric] for one in each]
-                figures.add(f"{relation.name} {level} {name}", metric, values, unit=unit)
+                figures.add(f"{relation.name} {name} {level}", metric, values, unit=unit)
             reached[name, epsilon] = {m: float(np.mean([e[m] for e in each])) for m in each[0]}
     for epsilon in epsilons:
         ours, apart = (reached[name, epsilon][WITHIN] for name in ways)

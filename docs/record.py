@@ -43,7 +43,16 @@ SKEW = """## Skewed clients
 
 USERS = """## Users with many records
 
-`python benchmarks/users.py --json FILE`
+`python benchmarks/users.py --json FILE`: all 71,518 patients of diabetes130 with up to 40 encounters each, 14 columns,
+delta 1e-6. The error is the mean total variation of all 91 pairs' tables from those of the records. `tables` rows are
+one noisy sum with nothing done to it; `method` rows are what a method learns from the same budget.
+"""
+
+RELATIONS = """## Users with their records
+
+`python benchmarks/relations.py --json FILE`: patients with up to 10 encounters, customers with up to 20 lines. Each figure
+is a mean total variation in which each user weighs one. `independent_records` are those of `mst`, each drawn by itself
+and dealt out to users whose exact numbers of records it is told for free.
 """
 
 DOMAIN = """## Domains found under privacy
@@ -94,6 +103,7 @@ _SECTIONS = (
     ("tabular", TABULAR, True),
     ("skew", SKEW, True),
     ("users", USERS, False),
+    ("relations", RELATIONS, True),
     ("domain", DOMAIN, True),
     ("scaling", SCALING, True),
     ("quality", QUALITY, True),
