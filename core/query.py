@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
 MAX_DIM = 100_000_000  # a sum of this length is 0.8 GB; a client keeps it in one SQLite row
+MAX_BLOCKS = 1_000_000  # of a choice, whose scores are computed one by one
 _HUGE = 1e30  # beyond any number that a score may be made of
 
 
@@ -67,7 +68,7 @@ class Choice:
         ok = (
             self.starts.ndim == 1
             and self.starts.dtype == self.against.dtype == np.int64
-            and 1 <= num_candidates <= num_blocks
+            and 1 <= num_candidates <= num_blocks <= MAX_BLOCKS
             and self.starts[0] == 0
             and bool((self.starts[1:] > self.starts[:-1]).all())
             and self.starts[-1] <= MAX_DIM

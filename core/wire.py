@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .errors import ClientCode, ConfigError, SecurityRefusal
 from .privacy import NoisePlacement
-from .query import MAX_DIM, Choice, Query
+from .query import MAX_BLOCKS, MAX_DIM, Choice, Query
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
@@ -277,7 +277,7 @@ def _choice(where: str, count: int, record: Any) -> Choice | None:
             raise WireError("a request that asks a sum and comes with a choice")
         return None
     starts = arrays.pop("starts", np.zeros(0))
-    if starts.dtype != np.int64 or starts.ndim != 1 or not 2 <= len(starts) <= MAX_DIM:
+    if starts.dtype != np.int64 or starts.ndim != 1 or not 2 <= len(starts) <= MAX_BLOCKS + 1:
         raise WireError("a request for a choice without blocks")
     if where == "server" and not arrays:
         alike = len(starts) - 1
