@@ -21,6 +21,7 @@ from ..core.open_codes import cut_text, number_codes, text_words
 from ..core.schema import Column
 from .files import DATE, MISSING, NUMBER
 
+_FEW = 8  # times fewer values than categories: they are looked up one by one
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -107,18 +108,27 @@ class Coder:
     def _category_codes(self, array: pa.Array, where: str) -> NDArray[np.int32]:
         """Cell of each value of a category; -1 stands for a value without one on the way."""
         encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
-        texts = _category_texts(encoded.dictionary, where).to_pylist()
+        texts = _category_texts(encoded.dictionary, where)
         # one more entry, for null: `take` by an index of -1 finds it
-        of_entry = np.full(len(texts) + 1, -1, dtype=np.int32)
-        of_entry[:-1] = [-1 if cell is None else cell for cell in map(self._cells.get, texts)]
-        for entry in np.flatnonzero(of_entry[:-1] < 0).tolist():
-            of_entry[entry] = self._respelled(texts[entry])
+        of_entry = np.append(self._exact(texts), np.int32(-1))
+        unlisted = np.flatnonzero(of_entry[:-1] < 0)
+        if len(unlisted):
+            values = texts.take(pa.array(unlisted)).to_pylist()
+            of_entry[unlisted] = [self._respelled(value) for value in values]
         codes: NDArray[np.int32] = of_entry[encoded.indices.fill_null(-1).to_numpy()]
         if self.column.missing:
             return np.where(codes < 0, np.int32(len(self.column.categories)), codes)
         if (codes < 0).any():
             raise _no_cell(where, "is missing or not among the schema's categories")
         return codes
+
+    def _exact(self, texts: pa.Array) -> NDArray[np.int32]:
+        """Cell of each text that is a category letter by letter, -1 for others."""
+        if len(texts) * _FEW < len(self.column.categories):  # Arrow would index all of them again
+            cells = map(self._cells.get, texts.to_pylist())
+            return np.array([-1 if cell is None else cell for cell in cells], dtype=np.int32)
+        found = pc.index_in(texts, self._texts).fill_null(-1).to_numpy()
+        return np.asarray(found, dtype=np.int32)
 
     def _respelled(self, text: str | None) -> int:
         """Cell of a value that no category spells exactly so; -1 if it has none."""
@@ -136,6 +146,11 @@ class Coder:
     def _cells(self) -> dict[str, int]:
         """Cell of each category by its exact spelling."""
         return {category: cell for cell, category in enumerate(self.column.categories)}
+
+    @cached_property
+    def _texts(self) -> pa.Array:
+        """The categories, as Arrow holds them."""
+        return pa.array(self.column.categories, type=pa.large_string())
 
     @cached_property
     def _spellings(self) -> dict[str, int]:
