@@ -7,8 +7,9 @@ is a mean total variation in which each user weighs one: of the number of record
 of the user's columns; of a user's and a record's column; of pairs of columns of one record; and of
 pairs of columns of two different records of one user, among these the same column twice.
 
-`relational` is held against `independent_records`: those of `mst`, each drawn by itself (`weight = "user"`, the whole
-budget) and dealt out to users whose exact numbers of records it is told for free.
+`relational` is held against `independent_records`: those of `mst`, each drawn by itself (`weight =
+"user"`, the whole budget) and dealt out to users whose exact numbers of records it is told for
+free.
 
     python benchmarks/relations.py --json relations.json    about fifteen minutes
     python benchmarks/relations.py --quick                   a cut of the patients, one seed
