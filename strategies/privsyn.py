@@ -20,7 +20,7 @@ from .parts.coarsen import coarsen
 from .parts.consistency import agreed, plausible
 from .parts.denoise import shrink
 from .parts.gum import Target, checked, gum
-from .parts.histograms import Grid, Histograms, Measured, cells_of, total_of
+from .parts.histograms import Grid, Histograms, Measured, cells_of, margins_of, total_of
 from .parts.measuring import MarginalStrategy
 from .parts.refine import refined
 from .parts.tree_model import columns_of
@@ -135,7 +135,7 @@ class Privsyn(MarginalStrategy):
         noisy = yield pairs.query("pairs", noise_multiplier=noise[1], max_norm=max_norm)
         coarse = pairs.measured(noisy)
 
-        measured += _columns_in(coarse)
+        measured += margins_of(coarse)
         counts = columns_of(shape, measured, total_of(measured), bins)
         grids = [Grid(i, coarsen(column, self.pair_cells)) for i, column in enumerate(counts)]
         cliques = chosen_marginals(
@@ -150,7 +150,7 @@ class Privsyn(MarginalStrategy):
         noisy = yield asked.query("marginals", noise_multiplier=noise[2], max_norm=max_norm)
         fine = asked.measured(noisy)
 
-        measured += _columns_in(fine)
+        measured += margins_of(fine)
         total = total_of(measured)
         counts = columns_of(shape, measured, total, bins)
         return self._edited(schema, counts, _targets(fine, coarse, counts) if total > 0 else ())
@@ -337,17 +337,6 @@ def _combined(chosen: dict[Pair, float], sizes: Sequence[int], max_cells: int) -
         for own_pair in combinations(clique, 2):
             del free[own_pair]
     return sorted(cliques)
-
-
-def _columns_in(tables: Sequence[Measured]) -> list[Measured]:
-    """What tables say of each of their columns."""
-    found = []
-    for table in tables:
-        for axis, grid in enumerate(table.grids):
-            others = tuple(a for a in range(len(table.grids)) if a != axis)
-            added = math.sqrt(table.counts.size / grid.size)
-            found.append(Measured((grid,), table.counts.sum(axis=others), table.stddev * added))
-    return found
 
 
 def _residuals(

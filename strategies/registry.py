@@ -25,6 +25,7 @@ STRATEGIES = {
     "marginals": "strategies.marginals:Marginals",
     "mst": "strategies.mst:Mst",
     "privsyn": "strategies.privsyn:Privsyn",
+    "privmrf": "strategies.privmrf:PrivMrf",
     "aim": "strategies.aim:Aim",
     "mwem": "strategies.mwem:Mwem",
     "absyn": "strategies.absyn:Absyn",

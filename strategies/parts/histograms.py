@@ -151,6 +151,17 @@ def total_of(measured: Sequence[Measured]) -> float:
     return pooled_total((m.counts, m.stddev) for m in measured)
 
 
+def margins_of(tables: Sequence[Measured]) -> list[Measured]:
+    """What tables say of each of their columns, as histograms of one column."""
+    found = []
+    for table in tables:
+        for axis, grid in enumerate(table.grids):
+            others = tuple(a for a in range(len(table.grids)) if a != axis)
+            added = math.sqrt(table.counts.size / grid.size)
+            found.append(Measured((grid,), table.counts.sum(axis=others), table.stddev * added))
+    return found
+
+
 def norm_clip(heights: NDArray[np.float64], max_norm: float) -> float:
     """Clip of a query that counts cells: `max_norm` times the norm of one record.
 
