@@ -2,8 +2,8 @@
 """Choose which pairs to measure: each explains more than the noise that it costs all others.
 
 Works on denoised tables of pairs, so it is post-processing. A model is fit to the pairs chosen so
-far; the pair that it explains worst, for its cost, comes next, until none is worth its noise or
-the model would outgrow its bound.
+far; a pair that it explains badly comes next, the sooner the fewer cells it adds, until none is
+worth its noise or the model would outgrow its bound.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,8 @@ from .pairs import Pairs
 
 _GROWTH = 0.2  # share of new pairs between two fits
 _STEPS = 40  # of a fit, which begins where the last one ended
+_TRIED = 12  # worst explained pairs among which the next one is
+_THRIFT = 0.25  # power of the cells that a pair adds to the model, by which its gap is divided
 
 
 def worthwhile(
@@ -68,18 +70,27 @@ def worthwhile(
         model = fit(sizes, [*alone, *tables], total=1.0, start=model, max_steps=_STEPS)
         gaps = _gaps(model, pairs, waiting)
         added = 0
-        for i in sorted(waiting, key=lambda i: -gaps[i]):
-            cost = noise * ((others + costs[i]) ** 1.5 - others**1.5)
-            if weight * gaps[i] <= cost:
-                continue
-            if tree_cells([cliques[j] for j in (*chosen, i)], shape) > max_cells:
-                waiting.remove(i)  # it will not fit later either
-                continue
-            chosen.append(i)
-            waiting.remove(i)
-            others += costs[i]
-            added += 1
-            if added >= max(1.0, _GROWTH * len(chosen)):
+        while added < max(1.0, _GROWTH * len(chosen)):
+            worth = [
+                i
+                for i in waiting
+                if weight * gaps[i] > noise * ((others + costs[i]) ** 1.5 - others**1.5)
+            ]
+            cells = tree_cells([cliques[i] for i in chosen], shape)
+            merits: dict[int, float] = {}
+            for i in sorted(worth, key=lambda i: -gaps[i])[:_TRIED]:
+                grown = tree_cells([cliques[j] for j in (*chosen, i)], shape) - cells
+                if cells + grown > max_cells:
+                    waiting.remove(i)  # it will not fit later either
+                else:
+                    merits[i] = gaps[i] / max(grown, 1) ** _THRIFT
+            if merits:
+                best = max(merits, key=lambda i: merits[i])
+                chosen.append(best)
+                waiting.remove(best)
+                others += costs[best]
+                added += 1
+            elif len(worth) <= _TRIED:
                 break
         if not added:
             break
