@@ -52,14 +52,13 @@ class Privsyn(MarginalStrategy):
 
     All tables are then made to agree on what they share, and nothing in them is below zero. A
     pair that was not chosen keeps its coarse table, if that stands out from the noise. Records
-    are sampled by editing a table of independent columns until it fits (`gum`), and then moved
-    a value at a time towards all tables at once (`refined`), which PrivSyn has not.
+    are sampled by editing a table of independent columns until it fits: a value at a time, towards
+    all tables at once (`refined`), or as published (`gum`: `passes = 30`, `refinements = 0`).
+    The copies that `gum` makes fit no better, and link columns that no table links.
 
     This is PrivSyn's linear form. The published one measures InDif itself, a number that no sum
     over users gives, with N taken as public; here all that touches records is a clipped, noised
-    sum, and N is estimated. The share of the second round is higher, since its tables are used;
-    `gum` has fewer passes, since refining after it does better (`refinements = 0` and
-    `passes = 30` are the published sampler).
+    sum, and N is estimated. The share of the second round is higher, since its tables are used.
 
     Attributes:
       column_share: Share of the budget (of mu^2) for the first round.
@@ -68,8 +67,8 @@ class Privsyn(MarginalStrategy):
       pair_cells: Most cells of a column in the third; rarer cells are merged, and told apart
         again by the column's own histogram.
       clique_cells: Most cells of a marginal of three columns or more.
-      passes: Passes of `gum` whenever records are sampled.
-      refinements: Passes of `refined` after it; 0 samples as PrivSyn does.
+      passes: Passes of `gum` whenever records are sampled; 0: none.
+      refinements: Passes of `refined` after it; 0: none.
 
     Privacy:
       In each query a record lights one cell in each histogram, at a height that the query sets.
@@ -85,8 +84,8 @@ class Privsyn(MarginalStrategy):
     select_cells: int = 12
     pair_cells: int = 32
     clique_cells: int = 5000
-    passes: int = 3
-    refinements: int = 10
+    passes: int = 0
+    refinements: int = 12
     name: ClassVar[str] = "privsyn"
 
     def check(self) -> None:
