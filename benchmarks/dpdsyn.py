@@ -49,6 +49,7 @@ OURS = "dpdsyn"
 VARIANTS: Mapping[str, Mapping[str, Any]] = {  # ways to do the second step, and other features
     "dpdsyn accept": {"mode": "accept"},
     "dpdsyn invert": {"mode": "invert"},
+    "dpdsyn mst": {"features": "mst"},
     "dpdsyn one-way": {"features": "independent"},
     "dpdsyn uniform": {"features": "uniform"},
     "dpdsyn 1 step": {"num_steps": 1},

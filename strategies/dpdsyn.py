@@ -79,7 +79,7 @@ class DpdSyn(Strategy):
       Training by Downstream Task Guidance", abstract, https://arxiv.org/abs/2604.15660.
     """
 
-    features: str = "mst"
+    features: str = "marginals"
     feature_settings: dict[str, Any] = field(default_factory=dict)
     feature_share: float = 0.35
     num_steps: int = 8
@@ -101,7 +101,7 @@ class DpdSyn(Strategy):
         if ":" in self.features or self.features == self.name:
             raise ConfigError(
                 f"features = {self.features!r}: expected the name of an installed method for"
-                f" tables, such as 'mst' or 'independent', or {_UNIFORM!r}"
+                f" tables, such as 'marginals' or 'mst', or {_UNIFORM!r}"
             )
         if not 0 < self.feature_share < 1:
             raise ConfigError(f"feature_share must lie between 0 and 1, not {self.feature_share!r}")
@@ -219,7 +219,7 @@ class DpdSyn(Strategy):
         if schema.target is None:
             raise ConfigError(
                 f"strategy {self.name!r} makes records for one task, and the schema names none:"
-                " set target = COLUMN in the schema, or take a method for all columns, as 'mst'"
+                " set target = COLUMN in the schema, or take a method for all columns"
             )
         target = schema.index(schema.target)
         if schema.shape[target] > self.max_classes:
