@@ -47,12 +47,12 @@ from measure import (
 
 OURS = "dpdsyn"
 VARIANTS: Mapping[str, Mapping[str, Any]] = {  # ways to do the second step, and other features
-    "dpdsyn accept": {"mode": "accept"},
-    "dpdsyn invert": {"mode": "invert"},
-    "dpdsyn mst": {"features": "mst"},
-    "dpdsyn one-way": {"features": "independent"},
-    "dpdsyn uniform": {"features": "uniform"},
-    "dpdsyn 1 step": {"num_steps": 1},
+    "dpdsyn-accept": {"mode": "accept"},
+    "dpdsyn-invert": {"mode": "invert"},
+    "dpdsyn-mst": {"features": "mst"},
+    "dpdsyn-one-way": {"features": "independent"},
+    "dpdsyn-uniform": {"features": "uniform"},
+    "dpdsyn-1-step": {"num_steps": 1},
 }
 LEVELS = ("epsilon=0.1", "epsilon=0.2", "epsilon=1", "epsilon=4")
 OFF_TASK: Mapping[str, tuple[str, str]] = {
@@ -113,7 +113,7 @@ def _jobs(args: argparse.Namespace) -> Iterator[Job]:
 def _methods(args: argparse.Namespace) -> list[str]:
     """Ours, its variants, and all other installed methods for tables."""
     if args.quick:
-        return [OURS, "dpdsyn accept", "dpdsyn invert", "mst"]
+        return [OURS, "dpdsyn-accept", "dpdsyn-invert", "mst"]
     return [OURS, *VARIANTS, *(name for name in strategy_names() if name != OURS)]
 
 
