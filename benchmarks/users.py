@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 DELTA, MOST_RECORDS, FIGURE = 1e-6, 40, 0.0211  # the figure: a clip of 3 in the notes, epsilon 1
 EPSILONS = (1.0, 4.0)
 CAPS, CLIPS = (1, 2, 3, 5, 10), (1.0, 1.5, 2.0, 3.0, 4.0)
-METHODS = ("independent", "mst", "marginals")
+METHODS = ("independent", "mst", "privsyn", "marginals")
 SAMPLED = 400_000  # records by which a synthesizer without exact tables is judged
 _USERS = 1 << 13
 
