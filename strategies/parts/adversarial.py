@@ -387,8 +387,10 @@ class _Game:
         batch = Batch.of(self.critic, fakes.shown)
         heights = -push(self._settings.loss, batch.scores) / np.float32(len(batch.scores))
         slope = (batch.slopes * heights[:, None]) @ self.critic[: self._outputs].T
-        pixels, cells = slope[:, : self._pixels] * fakes.lit, slope[:, self._pixels :]
+        pixels, cells = np.split(slope, [self._pixels], axis=1)
+        pixels = pixels * fakes.lit * self.inputs.pixel_height
         if len(self._sizes):
+            cells = cells * self.inputs.cell_height
             cells = fakes.probs * (cells - self._spread(self._sums(fakes.probs * cells)))
         slope = np.concatenate([pixels, cells], axis=1)
         self._adam.step(self._weights, backward(self._weights, fakes.values, slope), rate)
@@ -401,11 +403,11 @@ class _Game:
         shown = np.zeros((num_records, self.inputs.size), dtype=np.float32)
         rows = np.arange(num_records)
         if self._label >= 0:
-            shown[rows, self._outputs + labels] = self.inputs.height
+            shown[rows, self._outputs + labels] = self.inputs.cell_height
         pixels, logits = np.split(values[-1], [self._pixels], axis=1)
         noise = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(_PIXEL_NOISE)
         shade = pixels + np.float32(0.5) + noise
-        shown[:, : self._pixels] = np.clip(shade, 0, 1) * self.inputs.height
+        shown[:, : self._pixels] = np.clip(shade, 0, 1) * self.inputs.pixel_height
         lit = np.where((shade > 0) & (shade < 1), np.float32(1), _LEAK)
         if not len(self._sizes):
             return _Fakes(values, logits, lit, shown)
@@ -415,7 +417,7 @@ class _Game:
             ends = np.cumsum(probs[:, part], axis=1)
             at = rng.random((num_records, 1), dtype=np.float32) * ends[:, -1:]
             drawn = (ends[:, :-1] <= at).sum(axis=1)
-            shown[rows, self._pixels + self._firsts[column] + drawn] = self.inputs.height
+            shown[rows, self._pixels + self._firsts[column] + drawn] = self.inputs.cell_height
         return _Fakes(values, probs, lit, shown)
 
     def _sums(self, groups: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A critic of records: its scores, and their gradients, by user or by batch.
 
-The score of a record x is `v . tanh(h W x + b)`: one hidden layer over the cells that the record
-lights and its pixels, whose height h keeps the layer's size alike however many there are. All its
+The score of a record x is `v . tanh(W x + b)`: one hidden layer over the cells that the record
+lights and its pixels, at heights that keep the layer's size alike however many there are. All its
 weights are one float32 matrix of `num_inputs + 2` rows: those of W, then b, then v. A gradient by
 them has the same shape, and for one record it is an outer product, so the gradients of many users
 are one sparse product and need no autograd.
@@ -24,7 +24,7 @@ from ...core.records import BoundedShard
 Loss = Literal["wasserstein", "logistic"]
 
 _GRID = 2.0**30  # weights of pixels lie on this grid: sums of them are exact, in any order
-_USUAL = 16.0  # columns of a record whose cells have the height one
+_USUAL = 16.0  # columns, or pixels, whose height is one
 _MOST_SCORE = 30.0  # beyond which a sigmoid is flat
 
 
@@ -69,10 +69,15 @@ class Inputs:
         """Number of inputs."""
         return int(self.places.max()) + 1
 
-    @property
-    def height(self) -> np.float32:
-        """What a lit cell or a full pixel counts for."""
-        return np.float32((_USUAL / (len(self.columns) + self.num_pixels)) ** 0.5)
+    @cached_property
+    def cell_height(self) -> np.float32:
+        """What a lit cell counts for."""
+        return np.float32((_USUAL / len(self.columns)) ** 0.5)
+
+    @cached_property
+    def pixel_height(self) -> np.float32:
+        """What a full pixel counts for."""
+        return np.float32((_USUAL / max(1, self.num_pixels)) ** 0.5)
 
     def arrays(self, weights: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:
         """What a query carries; `read_critic` turns it back."""
@@ -166,15 +171,17 @@ def user_gradients(
     entering = np.zeros((len(lit), width), dtype=np.float32)
     for places in lit.T:  # one column after the other, so that a sum never depends on the batch
         entering += weights[places]
+    entering *= inputs.cell_height
     values = np.ones((len(lit), inputs.num_pixels + lit.shape[1] + 1), dtype=np.float32)
-    values[:, :-1] = inputs.height
+    values[:, :-1] = inputs.cell_height
     if records.images is not None and inputs.num_pixels:
         flat = records.images.reshape(len(lit), -1)
-        grid = np.rint(weights[: inputs.num_pixels] * (_GRID / 255)) / _GRID
+        full = inputs.pixel_height * (_GRID / 255)
+        grid = np.rint(weights[: inputs.num_pixels] * full) / _GRID
         # whole numbers on a grid, in float64: exact, so that it does not depend on the batch
         entering += (flat.astype(np.float64) @ grid).astype(np.float32)
-        values[:, : inputs.num_pixels] = flat * (inputs.height / np.float32(255))
-    hidden = np.tanh(inputs.height * entering + weights[-2])
+        values[:, : inputs.num_pixels] = flat * (inputs.pixel_height / np.float32(255))
+    hidden = np.tanh(entering + weights[-2])
     starts = shard.starts
     share = push(loss, (hidden * weights[-1]).sum(axis=1))
     share /= np.diff(starts)[user].astype(np.float32)

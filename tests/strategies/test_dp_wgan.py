@@ -15,9 +15,9 @@ from fedsynth.core.mechanism import clipped_sum
 from fedsynth.core.privacy import Budget
 from fedsynth.core.query import Contribution, NoisySum
 from fedsynth.core.records import BoundedShard, Records
-from fedsynth.core.schema import Column, Schema
-from fedsynth.simulation.check import check_strategy, joined, made_up, small_images, small_table
-from fedsynth.simulation.direct import direct_run, prior
+from fedsynth.core.schema import Column, ImageColumn, Schema
+from fedsynth.simulation.check import check_strategy, made_up, small_images, small_table
+from fedsynth.simulation.direct import direct_run, non_private, prior
 from fedsynth.simulation.quality import total_variation
 from fedsynth.strategies.dp_wgan import DpWgan
 from fedsynth.strategies.independent import Independent
@@ -64,12 +64,11 @@ def gain(strategy, query, shard, weights):
     """What the critic gains on each user's records, written plainly, in float64."""
     inputs, _ = read_critic(query, shard)
     lit, _ = inputs.lit(shard.records.codes)
-    entering = weights[lit].sum(axis=1)
+    entering = (16 / lit.shape[1]) ** 0.5 * weights[lit].sum(axis=1)
     if inputs.num_pixels:
-        pixels = shard.records.images.reshape(len(lit), -1) / 255
+        pixels = (16 / inputs.num_pixels) ** 0.5 * shard.records.images.reshape(len(lit), -1) / 255
         entering = entering + pixels @ weights[: inputs.num_pixels]
-    height = (16 / (lit.shape[1] + inputs.num_pixels)) ** 0.5
-    scores = np.tanh(height * entering + weights[-2]) @ weights[-1]
+    scores = np.tanh(entering + weights[-2]) @ weights[-1]
     gained = scores if strategy.loss == "wasserstein" else -np.logaddexp(0, -scores)
     return np.bincount(shard.user_index, gained) / np.bincount(shard.user_index)
 
@@ -130,9 +129,8 @@ def test_server_and_client_have_the_same_gradient_of_a_record(kind):
     shard = made_up(schema, [1], seed=2)
     inputs, weights = read_critic(query, shard)
     shown = np.zeros((1, inputs.size), dtype=np.float32)
-    shown[0, : inputs.num_pixels] = shard.records.images.ravel() / np.float32(255)
-    shown[0, inputs.lit(shard.records.codes)[0]] = 1
-    shown *= inputs.height
+    shown[0, : inputs.num_pixels] = shard.records.images.ravel() / 255 * inputs.pixel_height
+    shown[0, inputs.lit(shard.records.codes)[0]] = inputs.cell_height
 
     batch = Batch.of(weights, shown)
     made = batch.gradient(push(strategy.loss, batch.scores))
@@ -226,6 +224,25 @@ def test_noise_that_swamps_leaves_no_dependence_to_be_learned(kind):
     swamped = direct_run(kind(**SMALL), schema, shard, 1e4, rng=np.random.default_rng(0))
 
     assert distance(schema, shard, swamped) > distance(schema, shard, alone)
+
+
+@BOTH
+def test_images_follow_their_label(kind):
+    schema = Schema((category("label", 2),), ImageColumn("image", (4, 4, 1), PUBLIC), "label")
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 1000)
+    left = np.arange(4) < 2  # the left half is lit for one label, the right half for the other
+    lit = np.where(left == (labels[:, None] == 0), 220, 30)
+    images = np.tile(lit[:, None, :, None], (1, 4, 1, 1)) + rng.integers(0, 30, (1000, 4, 4, 1))
+    records = Records(labels[:, None].astype(np.int32), images.astype(np.uint8))
+    shard = BoundedShard(records, np.arange(1000), 1000, 1)
+
+    learned = non_private(kind(**SMALL), schema, shard, np.random.default_rng(1))
+
+    made = learned.sample(500, np.random.default_rng(2))
+    for label, half in ((0, left), (1, ~left)):
+        mean = made.images[made.codes[:, 0] == label].mean(axis=(0, 1, 3))
+        assert mean[half].min() > mean[~half].max() + 80
 
 
 def test_columns_are_right_where_every_round_of_gradients_is_lost():
@@ -376,10 +393,9 @@ def released_sum(rows, clip, *, per_user):
 def test_a_clip_of_the_mean_lets_one_user_move_the_sum_beyond_the_clip():
     strategy, schema = DpWgan(**SHORT), small_table()
     query = critic_query(strategy, schema)
-    many, one = made_up(schema, [1] * 50, seed=1), made_up(schema, [1], seed=2)
-    far = 100.0  # a user whose gradient is long, as a critic without bounds on it can have
-    rows = strategy.answer(query, many, RNG).dense
-    more = np.concatenate([rows, far * strategy.answer(query, one, RNG).dense])
+    rows = strategy.answer(query, made_up(schema, [1] * 50, seed=1), RNG).dense
+    one = strategy.answer(query, made_up(schema, [1], seed=2), RNG).dense
+    more = np.concatenate([rows, 100 * one])  # a long gradient, as a critic out of bounds can have
     clip = 0.2 * query.clip
 
     moved = {
@@ -392,4 +408,3 @@ def test_a_clip_of_the_mean_lets_one_user_move_the_sum_beyond_the_clip():
 
     assert moved[True] <= clip * (1 + 1e-6)
     assert moved[False] > 3 * clip
-    assert joined(many, one).num_users == len(more)

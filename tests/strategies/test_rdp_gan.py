@@ -41,7 +41,7 @@ def as_published(shard, stddev):
     inputs, weights = read_critic(QUERY, shard)
     lit, _ = inputs.lit(shard.records.codes)
     critic = torch.tensor(weights, requires_grad=True)
-    entering = float(inputs.height) * critic[torch.from_numpy(lit)].sum(dim=1)
+    entering = float(inputs.cell_height) * critic[torch.from_numpy(lit)].sum(dim=1)
     scores = torch.tanh(entering + critic[-2]) @ critic[-1]
     loss = torch.nn.functional.softplus(-scores).mean()
     noise = float(np.random.default_rng().normal(0, stddev))
