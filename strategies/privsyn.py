@@ -48,7 +48,8 @@ class Privsyn(MarginalStrategy):
        greedily (DenseMarg): one more as long as what it explains is more than what its noise adds
        to all chosen, each at its best share of the budget (in proportion to cells^(2/3)).
        Overlapping pairs become one marginal where that has no more cells than they have together.
-    3. ``marginals``: those, with the budget shared out in that way.
+    3. ``marginals``: those, with the budget shared out in that way, and once more the columns that
+       are in none.
 
     All tables are then made to agree on what they share, and nothing in them is below zero. A
     pair that was not chosen keeps its coarse table, if that stands out from the noise. Records
@@ -79,7 +80,7 @@ class Privsyn(MarginalStrategy):
       https://arxiv.org/abs/2012.15128.
     """
 
-    column_share: float = 0.2
+    column_share: float = 0.25
     select_share: float = 0.25
     select_cells: int = 12
     pair_cells: int = 32
@@ -143,8 +144,10 @@ class Privsyn(MarginalStrategy):
             stddev=noise[2] * max_norm,
             max_cells=self.clique_cells,
         )
+        linked = {column for clique in cliques for column in clique}
         asked = Histograms.balanced(
-            [tuple(grids[i] for i in clique) for clique in cliques] or [(grid,) for grid in whole]
+            [tuple(grids[i] for i in clique) for clique in cliques]
+            + [(grid,) for grid in whole if grid.column not in linked]
         )
         noisy = yield asked.query("marginals", noise_multiplier=noise[2], max_norm=max_norm)
         fine = asked.measured(noisy)
