@@ -45,7 +45,8 @@ class Marginals(MarginalStrategy):
     1. ``columns``: the histogram of every column. Cells too rare to say anything together with
        other columns are merged in all that follows.
     2. ``pairs``: the table of every pair of columns, merged to a few cells each, as many as the
-       noise allows. The tables are denoised. Then pairs are chosen one after another, each the
+       noise allows; where even a pair of which one column determines the other would drown in it,
+       the columns again. The tables are denoised. Then pairs are chosen one after another, each the
        one that a model of those chosen so far explains worst, while that gap outweighs the noise
        that measuring it adds to all others: post-processing. Under heavy noise none is.
     3. ``tables``: the chosen pairs at a finer grain, and once more every column.
@@ -124,8 +125,13 @@ class Marginals(MarginalStrategy):
         fine = self._fine_grids(counts, total, noise[2] * max_norm, bins)
         coarse = self._coarse_grids(fine, counts, total, noise[1] * max_norm)
         pairs = Histograms.balanced(list(combinations(coarse, 2)))
-        noisy = yield pairs.query("pairs", noise_multiplier=noise[1], max_norm=max_norm)
-        seen = pairs.measured(noisy)
+        seen: list[Measured] = []
+        if _can_be_seen(pairs, total, noise[1] * max_norm):
+            noisy = yield pairs.query("pairs", noise_multiplier=noise[1], max_norm=max_norm)
+            seen = pairs.measured(noisy)
+        else:
+            noisy = yield alone.query("columns", noise_multiplier=noise[1], max_norm=max_norm)
+            columns = [*columns, *alone.measured(noisy)]
 
         total = total_of([*columns, *seen])
         counts = columns_of(shape, [*columns, *seen], total, bins)
@@ -232,6 +238,24 @@ def _clear_cells(total: float, stddev: float, fewest: int, most: int) -> int:
     """Cells of a column such that a mean cell of a pair's table clears the noise."""
     clear = math.isqrt(int(min(max(total, 0.0) / stddev, most**2)))
     return min(max(clear, fewest), most)
+
+
+def _can_be_seen(pairs: Histograms, total: float, noise_multiplier: float) -> bool:
+    """Whether a pair of which one column determines the other would stand out from the noise.
+
+    Its table less independence has singular values of a column's mean cell; those of noise reach
+    about the sum of the square roots of the table's sides (see `denoise.shrink`).
+    """
+    length = math.sqrt(float(pairs.heights @ pairs.heights))
+    for (one, other), height in zip(pairs.members, pairs.heights.tolist(), strict=True):
+        sides = math.sqrt(one.size - 1) + math.sqrt(other.size - 1)
+        noise = noise_multiplier * length / height
+        if (
+            min(one.size, other.size) > 1
+            and total / max(one.size, other.size) > _SURE * sides * noise
+        ):
+            return True
+    return False
 
 
 def _ends(table: Measured) -> Clique:
