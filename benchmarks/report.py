@@ -128,7 +128,7 @@ class Report:
         """
         from rich.console import Console
 
-        console = Console(width=None if sys.stdout.isatty() else 180 if by_case else 140)
+        console = Console(width=None if sys.stdout.isatty() else 230 if by_case else 140)
         console.print(self._by_case() if by_case else self._by_figure())
         for line in self._notes:
             console.print(f"note: {line}", highlight=False)
@@ -171,7 +171,7 @@ class Report:
         """One line a case."""
         metrics = list(dict.fromkeys(f.metric for f in self.figures))
         table = self._table()
-        table.add_column("case")
+        table.add_column("case", no_wrap=True)
         table.add_column("n", justify="right")
         for metric in metrics:
             table.add_column(metric, justify="right")

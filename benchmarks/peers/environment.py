@@ -7,6 +7,7 @@ Our code never imports a peer. Its driver in this folder runs under its own inte
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parent.parent / "build" / "peers"
 _INSTALL_LIMIT_S = 1800
+_LAST_WORDS_S = 60
 _PATIENCE = 4  # times the CPU-seconds that a run may take, by the clock of a machine that is shared
 
 
@@ -143,12 +145,21 @@ def _python(environment: str) -> Path:
 
 
 def _finished(command: Sequence[Any], limit_s: float) -> "subprocess.CompletedProcess[str]":
-    """A command that has ended, with what it printed."""
-    return subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        timeout=limit_s,
-        check=False,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    )
+    """A command that has ended, with what it printed; one that takes too long is told, then ended.
+
+    Raises:
+      subprocess.TimeoutExpired: It did not end when told.
+    """
+    words = [str(word) for word in command]
+    own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=own) as process:
+        try:
+            try:
+                printed = process.communicate(timeout=limit_s)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGXCPU)  # a driver then says how long it has worked
+                printed = process.communicate(timeout=_LAST_WORDS_S)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(words, process.returncode, *printed)

@@ -52,10 +52,11 @@ def drive(learn: Callable[[np.ndarray, dict[str, int], argparse.Namespace], Any]
 
 
 def _limit(cpu_s: int, out: Path) -> None:
-    """End this process, and say so, when it has worked for so long."""
+    """End this process, and say how long it worked, after so many CPU-seconds or when told."""
 
     def end(*_: Any) -> None:
-        out.write_text(json.dumps({"over_cpu_s": cpu_s, "peak_bytes": _peak_bytes()}))
+        worked_s = round(_cpu_s(), 1)
+        out.write_text(json.dumps({"over_cpu_s": worked_s}), encoding="utf-8")
         os._exit(0)
 
     signal.signal(signal.SIGXCPU, end)
