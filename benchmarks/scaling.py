@@ -102,7 +102,7 @@ def measured_point(point: Point, method: str) -> dict[str, float]:
     """What a method costs over a stream of records, and how far off it is."""
     schema = table_schema(point.columns)
     source = Stream(point)
-    strategy = build_strategy(method, {"max_norm": 3.0} if point.each > 1 else {})
+    strategy = build_strategy(method, {"max_norm": "auto"} if point.each > 1 else {})
     dial = accounting.calibrate(lambda noise: strategy.event(schema, noise), BUDGET)
     tally, rng = Tally(), np.random.default_rng(1)
     counted: Any = Counted(strategy, tally)
