@@ -18,10 +18,13 @@ from .independent import tables_only
 from .parts.cliques import Clique
 from .parts.coarsen import coarsen
 from .parts.descent import fit
-from .parts.graph import Graph
+from .parts.graph import MAX_REFINEMENTS, Graph
+from .parts.graph_model import GraphModel
+from .parts.gum import Target
 from .parts.histograms import Grid, Histograms, Measured, cells_of, total_of
 from .parts.measuring import MarginalStrategy
-from .parts.pairs import denoised_pairs, pooled, within
+from .parts.pairs import denoised_pairs, mended, pooled, within
+from .parts.propagation import merged
 from .parts.rare import compress
 from .parts.tree_model import columns_of, link_of
 from .parts.worthwhile import worthwhile
@@ -51,9 +54,10 @@ class Marginals(MarginalStrategy):
        that measuring it adds to all others: post-processing. Under heavy noise none is.
     3. ``tables``: the chosen pairs at a finer grain, and once more every column.
 
-    A graphical model is fit to all tables, denoised. Nothing but clipped, noised sums touches
-    records, so the method needs no trusted selector and is priced as one Gaussian. Its error does
-    not depend on how users are spread over clients.
+    A graphical model is fit to the chosen tables, denoised. Pairs it has no room for, or that were
+    not worth a second look, are fit by moving sampled records (`refine.refined`). Nothing but
+    clipped, noised sums touches records, so the method needs no trusted selector and is priced as
+    one Gaussian. Its error does not depend on how users are spread over clients.
 
     Attributes:
       column_share: Share of the budget (of mu^2) for the first round.
@@ -62,6 +66,8 @@ class Marginals(MarginalStrategy):
       table_cells: Most cells of a column in the third; rarer cells are merged, and told apart
         again by the column's own histogram.
       max_model_mb: Most memory of the model's tables, in MiB; more lets it hold more pairs.
+      refinements: Passes by which sampled records are moved to fit pairs of the second round that
+        the model has no room for, where these differ from it by more than noise; 0: none.
 
     Privacy:
       In each query a record lights one cell in each histogram, at a height that the query sets.
@@ -76,7 +82,8 @@ class Marginals(MarginalStrategy):
     pair_share: float = 0.1
     pair_cells: int = 12
     table_cells: int = 32
-    max_model_mb: float = 8.0
+    max_model_mb: float = 4.0
+    refinements: int = 8
     name: ClassVar[str] = "marginals"
 
     def check(self) -> None:
@@ -91,6 +98,10 @@ class Marginals(MarginalStrategy):
             raise ConfigError(
                 "pair_cells and table_cells must be 2 or more,"
                 f" not {self.pair_cells!r} and {self.table_cells!r}"
+            )
+        if not 0 <= self.refinements <= MAX_REFINEMENTS:
+            raise ConfigError(
+                f"refinements must be 0 to {MAX_REFINEMENTS}, not {self.refinements!r}"
             )
         if not 0 < self.max_model_mb <= 4096:
             raise ConfigError(
@@ -119,7 +130,7 @@ class Marginals(MarginalStrategy):
         columns = alone.measured(noisy)
         counts = columns_of(shape, columns, total_of(columns), bins)
         if len(shape) == 1:
-            return _fitted(schema, whole, counts, [], [])
+            return self._fitted(schema, whole, counts, [], [], [])
 
         total = total_of(columns)
         fine = self._fine_grids(counts, total, noise[2] * max_norm, bins)
@@ -146,7 +157,7 @@ class Marginals(MarginalStrategy):
 
         total = total_of([*columns, *seen, *last])
         if total <= 0:
-            return _fitted(schema, whole, counts, [], [])
+            return self._fitted(schema, whole, counts, [], [], [])
         counts = columns_of(shape, [*columns, *seen, *last], total, bins)
         alike = {_ends(table): table for table in seen}
         if last:
@@ -157,7 +168,8 @@ class Marginals(MarginalStrategy):
         else:
             finest = [alike[edge] for edge in edges]
         histograms = [*columns, *last[len(edges) :]]
-        return _fitted(schema, fine, counts, finest, histograms)
+        left = [table for table in seen if _ends(table) not in edges]
+        return self._fitted(schema, fine, counts, finest, histograms, left)
 
     def count(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
         """The cell of each record in each histogram asked for."""
@@ -233,6 +245,68 @@ class Marginals(MarginalStrategy):
             max_cells=int(self.max_model_mb * 2**20 / 8),
         )
 
+    def _fitted(
+        self,
+        schema: Schema,
+        grids: Sequence[Grid],
+        counts: Sequence[NDArray[np.float64]],
+        tables: Sequence[Measured],
+        histograms: Sequence[Measured],
+        left: Sequence[Measured],
+    ) -> Graph:
+        """The graphical model of denoised tables and columns, and what it misses of others.
+
+        Args:
+          schema: Schema of the records.
+          grids: Cells of each column that the model tells apart.
+          counts: Estimated counts of each column's cells.
+          tables: Noisy tables of pairs; their grids merge those of the model or are the same.
+          histograms: Noisy histograms of single columns, for how much to trust `counts`.
+          left: Noisy tables of pairs that the model is not fit to.
+        """
+        total = float(counts[0].sum())
+        precision = dict.fromkeys(range(len(grids)), 0.0)
+        for histogram in histograms:
+            precision[histogram.grids[0].column] += histogram.stddev**-2
+        measured = [
+            Measured(
+                (Grid.whole(i, grid.size),),
+                grid.merge(column),
+                _TRUST / math.sqrt(precision[i]) if precision[i] > 0 else 1.0,
+            )
+            for i, (grid, column) in enumerate(zip(grids, counts, strict=True))
+        ]
+        for table in tables:
+            link = link_of(table, counts)
+            ends = tuple(within(g, grids[g.column]) for g in (link.left, link.right))
+            measured.append(Measured(ends, link.table * total, table.stddev))
+        zeros = [
+            (clique, _possible(mask, [grids[c] for c in clique]))
+            for clique, mask in schema.rules.zeros()
+        ]
+        model = fit([grid.size for grid in grids], measured, total=total, zeros=zeros)
+        targets = _missed(model, grids, left, total) if self.refinements else []
+        if targets:  # records that are moved to fit these must still fit what the model knows
+            own = [tuple(grids[c] for c in _ends(table)) for table in tables]
+            joint = model.marginals([_ends(table) for table in tables])
+            targets += [Target(g, t / t.sum()) for g, t in zip(own, joint, strict=True)]
+            whole = [Grid.whole(i, len(c)) for i, c in enumerate(counts)]
+            targets += [Target((g,), c / c.sum()) for g, c in zip(whole, counts, strict=True)]
+        columns = tuple(np.maximum(c, 1e-9) for c in counts)
+        return Graph(schema, model, tuple(grids), columns, tuple(targets), self.refinements)
+
+
+def _missed(
+    model: GraphModel, grids: Sequence[Grid], left: Sequence[Measured], total: float
+) -> list[Target]:
+    """Tables of pairs that differ from the model's by more than noise, mended."""
+    tables = [
+        merged(joint, [within(g, grids[g.column]).groups for g in table.grids])
+        for table, joint in zip(left, model.marginals(map(_ends, left)), strict=True)
+    ]
+    found = mended(tables, left, total, sure=_SURE)
+    return [Target(t.grids, m) for t, m in zip(left, found, strict=True) if m is not None]
+
 
 def _clear_cells(total: float, stddev: float, fewest: int, most: int) -> int:
     """Cells of a column such that a mean cell of a pair's table clears the noise."""
@@ -261,46 +335,6 @@ def _can_be_seen(pairs: Histograms, total: float, noise_multiplier: float) -> bo
 def _ends(table: Measured) -> Clique:
     """The columns of a table."""
     return tuple(grid.column for grid in table.grids)
-
-
-def _fitted(
-    schema: Schema,
-    grids: Sequence[Grid],
-    counts: Sequence[NDArray[np.float64]],
-    tables: Sequence[Measured],
-    histograms: Sequence[Measured],
-) -> Graph:
-    """The graphical model of denoised tables and columns.
-
-    Args:
-      schema: Schema of the records.
-      grids: Cells of each column that the model tells apart.
-      counts: Estimated counts of each column's cells.
-      tables: Noisy tables of pairs; their grids merge those of the model or are the same.
-      histograms: Noisy histograms of single columns, for how much to trust `counts`.
-    """
-    total = float(counts[0].sum())
-    precision = dict.fromkeys(range(len(grids)), 0.0)
-    for histogram in histograms:
-        precision[histogram.grids[0].column] += histogram.stddev**-2
-    measured = [
-        Measured(
-            (Grid.whole(i, grid.size),),
-            grid.merge(column),
-            _TRUST / math.sqrt(precision[i]) if precision[i] > 0 else 1.0,
-        )
-        for i, (grid, column) in enumerate(zip(grids, counts, strict=True))
-    ]
-    for table in tables:
-        link = link_of(table, counts)
-        ends = tuple(within(g, grids[g.column]) for g in (link.left, link.right))
-        measured.append(Measured(ends, link.table * total, table.stddev))
-    zeros = [
-        (clique, _possible(mask, [grids[c] for c in clique]))
-        for clique, mask in schema.rules.zeros()
-    ]
-    model = fit([grid.size for grid in grids], measured, total=total, zeros=zeros)
-    return Graph(schema, model, tuple(grids), tuple(np.maximum(c, 1e-9) for c in counts))
 
 
 def _possible(mask: NDArray[np.bool_], grids: Sequence[Grid]) -> NDArray[np.bool_]:

@@ -19,10 +19,11 @@ from .independent import Columns, split_probs, tables_only
 from .parts.coarsen import coarsen
 from .parts.consistency import agreed, plausible
 from .parts.denoise import shrink
-from .parts.gum import Target, checked, gum
+from .parts.gum import Target, gum
 from .parts.histograms import Grid, Histograms, Measured, cells_of, margins_of, total_of
 from .parts.measuring import MarginalStrategy
 from .parts.refine import refined
+from .parts.targets import ARRAYS, arrays_of, targets_of
 from .parts.tree_model import columns_of
 
 if TYPE_CHECKING:
@@ -221,19 +222,7 @@ class Edited(Synthesizer):
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The columns' probabilities; the grids, what each table is made of, and the tables."""
-        grids = list({id(g): g for target in self.targets for g in target.grids}.values())
-        place = {id(g): i for i, g in enumerate(grids)}
-        ways = max((len(target.grids) for target in self.targets), default=2)
-        members = [[place[id(g)] for g in t.grids] + [-1] * ways for t in self.targets]
-        return {
-            "probs": np.concatenate(self.probs),
-            "grid_columns": np.array([g.column for g in grids], dtype=np.int32),
-            "grid_groups": np.concatenate([*(g.groups for g in grids), np.zeros(0)]).astype(
-                np.int32
-            ),
-            "members": np.array([m[:ways] for m in members], dtype=np.int32).reshape(-1, ways),
-            "tables": np.concatenate([*(t.probs.ravel() for t in self.targets), np.zeros(0)]),
-        }
+        return {"probs": np.concatenate(self.probs), **arrays_of(self.targets)}
 
     @classmethod
     def restore(
@@ -244,13 +233,13 @@ class Edited(Synthesizer):
         Raises:
           ConfigError: The arrays or settings are not those of an `Edited` of this schema.
         """
-        if set(tensors) != {"probs", "grid_columns", "grid_groups", "members", "tables"}:
+        if set(tensors) != {"probs", *ARRAYS}:
             raise ConfigError("a saved synthesizer with other arrays than it should have")
         numbers = [settings.get(key) for key in ("passes", "refinements")]
         if not all(isinstance(n, int) and 0 <= n <= 10_000 for n in numbers):
             raise ConfigError("a saved synthesizer whose passes are not whole numbers")
         probs = split_probs(schema, tensors["probs"])
-        targets = _restored_targets(schema, tensors)
+        targets = targets_of(schema, tensors)
         return cls(schema, probs, targets, settings["passes"], settings["refinements"])
 
 
@@ -404,39 +393,3 @@ def _target(
     """A table as probabilities."""
     table = plausible(counts, margins)
     return Target(grids, table / table.sum())
-
-
-def _restored_targets(schema: Schema, tensors: Mapping[str, NDArray[Any]]) -> tuple[Target, ...]:
-    """Saved tables, after checks."""
-    columns = tensors["grid_columns"].astype(np.int64)
-    groups = tensors["grid_groups"].astype(np.int64)
-    members = tensors["members"].astype(np.int64)
-    tables = tensors["tables"].astype(np.float64)
-    if not (
-        columns.ndim == groups.ndim == tables.ndim == 1
-        and members.ndim == 2
-        and ((columns >= 0) & (columns < len(schema.columns))).all()
-        and ((members >= -1) & (members < len(columns))).all()
-        and len(groups) == sum(schema.shape[i] for i in columns.tolist())
-    ):
-        raise ConfigError("a saved synthesizer whose arrays contradict each other")
-    ends = np.cumsum([schema.shape[i] for i in columns.tolist()], dtype=np.int64)
-    grids = []
-    for column, own in zip(columns.tolist(), np.split(groups, ends)[:-1], strict=True):
-        present = np.unique(own)
-        if not np.array_equal(present, np.arange(len(present))):
-            raise ConfigError("a saved synthesizer with a grid that leaves groups out")
-        grids.append(Grid(column, own))
-    targets, start = [], 0
-    for member in members.tolist():
-        own_grids = tuple(grids[i] for i in member if i >= 0)
-        shape = [grid.size for grid in own_grids]
-        end = start + math.prod(shape)
-        if end > len(tables) or not own_grids:
-            raise ConfigError("a saved synthesizer with fewer numbers than its tables need")
-        targets.append(Target(own_grids, tables[start:end].reshape(shape)))
-        start = end
-    if start != len(tables):
-        raise ConfigError("a saved synthesizer with more numbers than its tables need")
-    checked(targets, len(schema.columns))
-    return tuple(targets)

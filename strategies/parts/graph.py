@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample records from a graphical model whose columns may stand for merged cells."""
+"""Sample records from a graphical model, and mend what it could not hold of other tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,25 +15,41 @@ from ...core.schema import Schema
 from ...core.synthesizer import Synthesizer
 from .cliques import JunctionTree
 from .graph_model import GraphModel
+from .gum import Target
 from .histograms import Grid
+from .refine import refined
 from .rounding import spread
+from .targets import ARRAYS, arrays_of, targets_of
+
+MAX_REFINEMENTS = 10_000
+_ARRAYS = ("beliefs", "groups", "columns")
+_SETTINGS = {"cliques", "parents", "refinements"}
 
 
 @dataclass(frozen=True)
 class Graph(Synthesizer):
     """A graphical model over groups of cells; inside a group each column stands alone.
 
+    Tables that the model has no room for are fit by its records: those sampled are changed, no
+    more than that takes, until they fit these too. It takes time in proportion to records x
+    tables.
+
     Attributes:
       schema: Schema of the records.
       model: Distribution of the columns' groups; it also gives exact marginals.
       grids: Groups of each column's cells.
       columns: Probabilities of each column's cells; only their ratios inside a group count.
+      targets: Tables that records are to fit besides the model's, and the model's own that this
+        must not spoil.
+      refinements: Passes of `refine.refined` over the records.
     """
 
     schema: Schema
     model: GraphModel
     grids: tuple[Grid, ...]
     columns: tuple[NDArray[np.float64], ...]
+    targets: tuple[Target, ...] = ()
+    refinements: int = 0
     kind: ClassVar[str] = "graph"
 
     @staticmethod
@@ -50,16 +66,24 @@ class Graph(Synthesizer):
                 inside = np.zeros((grid.size, len(probs)))
                 inside[grid.groups, np.arange(len(probs))] = probs
                 codes[:, grid.column] = spread(codes[:, grid.column].astype(np.int64), inside, rng)
+        if self.targets and self.refinements:
+            allowed = self.schema.rules.zeros()
+            codes = refined(codes, self.targets, rng, allowed=allowed, passes=self.refinements)
         return Records(codes)
 
     def settings(self) -> dict[str, Any]:
-        """The cliques and the parent of each."""
+        """The cliques and the parent of each, and how much records are refined."""
         tree = self.model.tree
-        return {"cliques": [list(c) for c in tree.cliques], "parents": list(tree.parents)}
+        return {
+            "cliques": [list(c) for c in tree.cliques],
+            "parents": list(tree.parents),
+            "refinements": self.refinements,
+        }
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """Beliefs, groups and columns' probabilities, each laid end to end."""
+        """Beliefs, groups, columns' probabilities and targets, each laid end to end."""
         return {
+            **arrays_of(self.targets),
             "beliefs": np.concatenate([belief.ravel() for belief in self.model.beliefs]),
             "groups": np.concatenate([grid.groups for grid in self.grids]).astype(np.int32),
             "columns": np.concatenate(self.columns),
@@ -74,11 +98,14 @@ class Graph(Synthesizer):
         Raises:
           ConfigError: What was saved is not a `Graph` of this schema.
         """
-        if set(tensors) != {"beliefs", "groups", "columns"} or set(settings) != {
-            "cliques",
-            "parents",
-        }:
-            raise ConfigError("a saved graph holds beliefs, groups, columns, cliques and parents")
+        if set(tensors) != {*_ARRAYS, *ARRAYS} or set(settings) != _SETTINGS:
+            raise ConfigError(
+                f"a saved graph holds {', '.join([*_ARRAYS, *ARRAYS])} and the settings"
+                f" {', '.join(sorted(_SETTINGS))}"
+            )
+        refinements = settings["refinements"]
+        if not (isinstance(refinements, int) and 0 <= refinements <= MAX_REFINEMENTS):
+            raise ConfigError("a saved graph whose refinements are not a small whole number")
         ends = schema.offsets[1:-1]
         if not len(tensors["groups"]) == len(tensors["columns"]) == schema.num_cells:
             raise ConfigError("a saved graph whose columns are not those of the schema")
@@ -107,7 +134,9 @@ class Graph(Synthesizer):
         )
         if any(abs(float(belief.sum()) - 1) > 1e-6 for belief in beliefs):
             raise ConfigError("a saved graph whose beliefs do not add up to one")
-        return cls(schema, GraphModel(shape, tree, beliefs), grids, tuple(columns))
+        targets = targets_of(schema, tensors)
+        model = GraphModel(shape, tree, beliefs)
+        return cls(schema, model, grids, tuple(columns), targets, refinements)
 
 
 def _checked_tree(cliques: Any, parents: Any, num_columns: int) -> JunctionTree:

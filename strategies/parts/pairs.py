@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .denoise import shrink
 from .histograms import Grid, Measured
-from .tree_model import scaled
+from .tree_model import scaled, with_margins
 
 _FITTINGS = 8  # proportional fittings of a table to its columns
 
@@ -99,3 +99,34 @@ def pooled(fine: Measured, coarse: Measured) -> Measured:
     gap = coarse.counts - into @ fine.counts @ across
     pull = gap * fine.stddev**2 / (coarse.stddev**2 + fine.stddev**2 * cells)
     return Measured(fine.grids, fine.counts + into.T @ pull @ across.T, fine.stddev)
+
+
+def mended(
+    tables: Sequence[NDArray[np.float64]],
+    measured: Sequence[Measured],
+    total: float,
+    *,
+    sure: float,
+) -> list[NDArray[np.float64] | None]:
+    """A model's tables of pairs, moved to noisy ones by as much as noise does not explain.
+
+    Args:
+      tables: The model's joint shares over the grids of each measured table.
+      measured: Noisy tables of two columns each.
+      total: Number of records; > 0.
+      sure: As in `denoised_pairs`, of the gap between model and measurement.
+
+    Returns:
+      Joint shares with the model's margins; `None` where the gap may well be noise.
+    """
+    found: list[NDArray[np.float64] | None] = []
+    for table, noisy in zip(tables, measured, strict=True):
+        gap = noisy.counts / total - table
+        noise = np.array([sure * noisy.stddev / total])
+        kept = shrink(gap[None], noise, np.array([table.shape]))[0]
+        if kept.any():
+            moved = with_margins(table + kept, table.sum(axis=1), table.sum(axis=0))
+            found.append(moved / moved.sum())
+        else:
+            found.append(None)
+    return found
