@@ -23,7 +23,7 @@ _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parent.parent / "build" / "peers"
 _INSTALL_LIMIT_S = 1800
 _LAST_WORDS_S = 60
-_PATIENCE = 4  # times the CPU-seconds that a run may take, by the clock of a machine that is shared
+_PATIENCE = 6  # times the CPU-seconds that a run may take, by the clock of a machine that is shared
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def run_peer(
       epsilon: Budget of the run; what the peer's accountant makes of it is its own affair.
       delta: Of the budget.
       seed: For the peer's noise and sampling.
-      limit_s: CPU-seconds after which the run is ended; or four times as many by the clock.
+      limit_s: CPU-seconds after which the run is ended; or six times as many by the clock.
 
     Returns:
       Synthetic codes and `cpu_s`, `import_cpu_s`, `wall_s`, `peak_bytes`.
