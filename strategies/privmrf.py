@@ -16,8 +16,7 @@ from ..core.query import Contribution, NoisySum, Query, Rounds
 from ..core.records import BoundedShard
 from ..core.schema import Schema
 from .independent import tables_only
-from .parts.cliques import Clique, junction_tree, tree_cells
-from .parts.cliques import cells_of as clique_cells
+from .parts.cliques import Clique, junction_tree, table_cells, tree_cells
 from .parts.coarsen import coarsen
 from .parts.denoise import shrink
 from .parts.descent import fit
@@ -216,7 +215,7 @@ class PrivMrf(MarginalStrategy):
         """
         sizes = known.sizes
         useful = self._useful(known.total, stddev * math.sqrt(len(sizes)))
-        cells = {pair: min(clique_cells(pair, sizes), useful) for pair in scores}
+        cells = {pair: min(table_cells(pair, sizes), useful) for pair in scores}
         unit = _DENOISED * math.sqrt(2 / math.pi) * stddev
         edges, taken, spent = known.scopes, [], 0.0
         for pair in sorted(scores, key=lambda p: (-scores[p] / cells[p] ** _THRIFT, p)):
@@ -252,7 +251,7 @@ class PrivMrf(MarginalStrategy):
                     most = min(useful, sum(cells[p] for p in inside))
                     if (
                         new
-                        and clique_cells(bigger, sizes) <= most
+                        and table_cells(bigger, sizes) <= most
                         and tree.holding(bigger, sizes) >= 0
                     ):
                         grown.append((sum(scores[p] for p in new), bigger))

@@ -18,7 +18,7 @@ from ..core.records import BoundedShard, Family, Records
 from ..core.schema import Column, Schema
 from ..core.synthesizer import Synthesizer
 from .independent import tables_only
-from .parts.cliques import Clique, cells_of, tree_cells
+from .parts.cliques import Clique, table_cells, tree_cells
 from .parts.coarsen import coarsen
 from .parts.denoise import shrink, smooth
 from .parts.descent import fit
@@ -454,7 +454,7 @@ def _steps(edges: Iterable[Clique], layout: Layout, shape: Sequence[int]) -> lis
     steps: list[Step] = []
     left = set(layout.second)
     while left:
-        column = min(left, key=lambda c: (cells_of(near[c], shape), c))
+        column = min(left, key=lambda c: (table_cells(near[c], shape), c))
         left.remove(column)
         others = near[column]
         steps.append((column, tuple(sorted(others))))

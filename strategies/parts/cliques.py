@@ -37,17 +37,17 @@ class JunctionTree:
         """The smallest clique that holds all of `columns`; -1 if none does."""
         wanted = set(columns)
         found = [i for i, clique in enumerate(self.cliques) if wanted <= set(clique)]
-        return min(found, key=lambda i: cells_of(self.cliques[i], shape), default=-1)
+        return min(found, key=lambda i: table_cells(self.cliques[i], shape), default=-1)
 
 
-def cells_of(clique: Iterable[int], shape: Sequence[int]) -> int:
+def table_cells(clique: Iterable[int], shape: Sequence[int]) -> int:
     """Cells of a table over some columns."""
     return math.prod(shape[column] for column in clique)
 
 
 def tree_cells(cliques: Iterable[Clique], shape: Sequence[int]) -> int:
     """Cells of all maximal cliques of the junction tree of `cliques`; a cell takes 8 bytes."""
-    return sum(cells_of(clique, shape) for clique in _maximal(cliques, shape))
+    return sum(table_cells(clique, shape) for clique in _maximal(cliques, shape))
 
 
 def junction_tree(cliques: Iterable[Clique], shape: Sequence[int]) -> JunctionTree:
@@ -92,7 +92,7 @@ def _maximal(cliques: Iterable[Clique], shape: Sequence[int]) -> list[Clique]:
         others.discard(column)
     logs = [math.log(cells) for cells in shape]
     found = [_eliminated(neighbors, logs, by_fill=by_fill) for by_fill in (False, True)]
-    return min(found, key=lambda cliques: sum(cells_of(c, shape) for c in cliques))
+    return min(found, key=lambda cliques: sum(table_cells(c, shape) for c in cliques))
 
 
 def _eliminated(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.query import NoisySum, Query
-from .cliques import Clique, cells_of
+from .cliques import Clique, table_cells
 from .coarsen import coarsen
 from .denoise import shrink
 from .graph_model import GraphModel
@@ -65,7 +65,7 @@ def by_hints(pairs: Sequence[Measured]) -> Chooser:
         contest, shape = found.contest, found.model.shape
         gaps = _errors(pairs, found.model, found.total)
         seen = dict(zip(map(scope_of, pairs), gaps.tolist(), strict=True))
-        cells = np.array([cells_of(clique, shape) for clique in contest.cliques])
+        cells = np.array([table_cells(clique, shape) for clique in contest.cliques])
         stddevs = np.array([found.stddevs.get(clique, 0.0) for clique in contest.cliques])
         errors = np.array([seen.get(clique, 0.0) for clique in contest.cliques])
         errors = np.maximum(errors, expected_error(cells, stddevs))

@@ -11,7 +11,7 @@ import numpy as np
 from ...core.errors import ConfigError
 from ...core.query import NoisySum, Query, Rounds
 from ...core.schema import Schema
-from .cliques import Clique, cells_of, tree_cells
+from .cliques import Clique, table_cells, tree_cells
 from .descent import fit
 from .graph import Graph
 from .graph_model import GraphModel
@@ -95,7 +95,7 @@ def search(
     shape, known = schema.shape, list(measured)
     hints = {scope_of(table): table for table in coarse}
     grids = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
-    cells = np.array([cells_of(clique, shape) for clique in workload.cliques])
+    cells = np.array([table_cells(clique, shape) for clique in workload.cliques])
     model = fit(shape, known, max_steps=_FIT_STEPS)
     for step in steps:
         within = workload.within(scopes_of(known), step.max_cells) or [int(cells.argmin())]

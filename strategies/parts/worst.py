@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.query import Choice, NoisySum, Query
-from .cliques import Clique, cells_of, junction_tree, tree_cells
+from .cliques import Clique, junction_tree, table_cells, tree_cells
 from .graph_model import GraphModel
 from .histograms import Grid, Histograms, norm_clip
 
@@ -68,12 +68,12 @@ class Workload:
         """
         known = list(measured)
         tree = junction_tree(known, self.shape)
-        now = sum(cells_of(clique, self.shape) for clique in tree.cliques)
+        now = sum(table_cells(clique, self.shape) for clique in tree.cliques)
         found = []
         for number, clique in enumerate(self.cliques):
             if tree.holding(clique, self.shape) >= 0:
                 found.append(number)
-            elif cells_of(clique, self.shape) <= max_cells:
+            elif table_cells(clique, self.shape) <= max_cells:
                 more = tree_cells([*known, clique], self.shape)
                 if more <= max(max_cells, now):
                     found.append(number)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .cliques import Clique, cells_of, tree_cells
+from .cliques import Clique, table_cells, tree_cells
 from .descent import fit
 from .graph_model import GraphModel
 from .histograms import Grid, Measured
@@ -61,7 +61,7 @@ def worthwhile(
         for i, cells in enumerate(sizes)
     ]
     cliques: list[Clique] = [(min(ends), max(ends)) for ends in pairs.ends.tolist()]
-    costs = {i: (weight * cells_of(cliques[i], shape)) ** (2 / 3) for i in range(len(cliques))}
+    costs = {i: (weight * table_cells(cliques[i], shape)) ** (2 / 3) for i in range(len(cliques))}
     waiting = [i for i in range(len(cliques)) if pairs.linked[i]]
     chosen: list[int] = []
     model: GraphModel | None = None
