@@ -140,7 +140,7 @@ def draft(
         _run_toml(
             population=re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-")[:64] or "population",
             data=os.path.relpath(path, folder),
-            strategy="private_evolution" if image else "mst",
+            strategy="private_evolution" if image else "marginals",
             user=user,
             num_users=num_users,
             epsilon=epsilon,
@@ -279,6 +279,12 @@ def _run_toml(
         " not"
     )
     cap = min(4 * epsilon, max(10.0, epsilon))
+    clip = (
+        "# where max_records is above 1: how far a user with many records counts, found by itself\n"
+        '# max_norm = "auto"\n'
+        if user and strategy == "marginals"
+        else ""
+    )
     return f"""\
 # A run of fedsynth. `fedsynth plan` says what it costs before anything is read or spent.
 
@@ -300,7 +306,7 @@ epsilon = {epsilon:g}
 
 [strategy]
 name = {_quoted(strategy)}
-
+{clip}
 [noise]
 placement = "central"    # or "local": clients then trust nobody, and the noise is larger
 

@@ -63,7 +63,7 @@ def draft_run(folder: Path) -> None:
     result = in_process(folder, "init", "patients.csv", *OPTIONS)
     assert result.returncode == 0, result.stderr
     run = folder / "run.toml"
-    text = run.read_text(encoding="utf-8").replace('name = "mst"', 'name = "independent"')
+    text = run.read_text(encoding="utf-8").replace('name = "marginals"', 'name = "independent"')
     run.write_text(text.replace("num_records = 10000", "num_records = 500"), encoding="utf-8")
 
 
