@@ -66,8 +66,8 @@ class Marginals(MarginalStrategy):
       table_cells: Most cells of a column in the third; rarer cells are merged, and told apart
         again by the column's own histogram.
       max_model_mb: Most memory of the model's tables, in MiB; more lets it hold more pairs.
-      refinements: Passes by which sampled records are moved to fit pairs of the second round that
-        the model has no room for, where these differ from it by more than noise; 0: none.
+      refinements: Passes by which sampled records are moved to fit pairs that the model has no
+        room for, where these differ from it by more than noise; 0: none.
 
     Privacy:
       In each query a record lights one cell in each histogram, at a height that the query sets.
@@ -146,29 +146,27 @@ class Marginals(MarginalStrategy):
 
         total = total_of([*columns, *seen])
         counts = columns_of(shape, [*columns, *seen], total, bins)
-        edges = self._edges(schema, counts, seen, total, fine, noise[2] * max_norm)
+        edges, more = self._edges(schema, counts, seen, total, fine, noise[2] * max_norm)
+        asked = [*edges, *more]
         weight = float(len(shape) - 1)  # a column's histogram matters to all its pairs
-        tables = Histograms.balanced(
-            [*((fine[a], fine[b]) for a, b in edges), *((grid,) for grid in whole)],
-            [_PAIR_WEIGHT] * len(edges) + [weight] * len(shape),
+        third = Histograms.balanced(
+            [*((fine[a], fine[b]) for a, b in asked), *((grid,) for grid in whole)],
+            [_PAIR_WEIGHT] * len(asked) + [weight] * len(shape),
         )
-        noisy = yield tables.query("tables", noise_multiplier=noise[2], max_norm=max_norm)
-        last = tables.measured(noisy)
+        noisy = yield third.query("tables", noise_multiplier=noise[2], max_norm=max_norm)
+        last = third.measured(noisy)
 
         total = total_of([*columns, *seen, *last])
         if total <= 0:
             return self._fitted(schema, whole, counts, [], [], [])
         counts = columns_of(shape, [*columns, *seen, *last], total, bins)
         alike = {_ends(table): table for table in seen}
-        if last:
-            finest = [
-                pooled(table, alike[edge]) if edge in alike else table
-                for edge, table in zip(edges, last[: len(edges)], strict=True)
-            ]
-        else:
-            finest = [alike[edge] for edge in edges]
-        histograms = [*columns, *last[len(edges) :]]
-        left = [table for table in seen if _ends(table) not in edges]
+        tables = dict(alike)
+        for ends, table in zip(asked, last, strict=False):  # the columns follow the pairs
+            tables[ends] = pooled(table, alike[ends])
+        finest = [tables.pop(ends) for ends in edges]
+        histograms = [*columns, *last[len(asked) :]]
+        left = list(tables.values())
         return self._fitted(schema, fine, counts, finest, histograms, left)
 
     def count(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
@@ -231,12 +229,12 @@ class Marginals(MarginalStrategy):
         total: float,
         fine: Sequence[Grid],
         stddev: float,
-    ) -> list[Clique]:
-        """Pairs that are worth measuring; none after a void round."""
+    ) -> tuple[list[Clique], list[Clique]]:
+        """Pairs worth measuring, inside the model and beside it; none after a void round."""
         if not seen or total <= 0:
-            return []
+            return [], []
         weight = float(len(counts) - 1)
-        return worthwhile(
+        inside, beside = worthwhile(
             denoised_pairs(counts, seen, total, sure=_SURE),
             [grid.size for grid in fine],
             noise=_LEFT * stddev / total,
@@ -244,6 +242,7 @@ class Marginals(MarginalStrategy):
             weight=_PAIR_WEIGHT,
             max_cells=int(self.max_model_mb * 2**20 / 8),
         )
+        return inside, beside if self.refinements else []
 
     def _fitted(
         self,

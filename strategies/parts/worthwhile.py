@@ -3,7 +3,8 @@
 
 Works on denoised tables of pairs, so it is post-processing. A model is fit to the pairs chosen so
 far; a pair that it explains badly comes next, the sooner the fewer cells it adds, until none is
-worth its noise or the model would outgrow its bound.
+worth its noise. A pair for which the model has no room is worth measuring too: records can be moved
+to fit it (see `refine`).
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def worthwhile(
     others: float,
     weight: float,
     max_cells: int,
-) -> list[Clique]:
+) -> tuple[list[Clique], list[Clique]]:
     """The pairs whose gap to the model outweighs the noise that measuring them adds.
 
     Tables share one clip, so a table more leaves less for the rest. With heights that make the
@@ -47,7 +48,8 @@ def worthwhile(
       max_cells: Most cells of the model's junction tree over `shape`.
 
     Returns:
-      Pairs of columns, first below second, in the order they were chosen.
+      Pairs of columns, first below second: those that the model holds, in the order they were
+      chosen, and those that are worth measuring though it has no room for them.
 
     Reference:
       The cost is that of McKenna et al.'s SWIFT (github.com/google/dpsynth), with gaps taken
@@ -64,6 +66,12 @@ def worthwhile(
     costs = {i: (weight * table_cells(cliques[i], shape)) ** (2 / 3) for i in range(len(cliques))}
     waiting = [i for i in range(len(cliques)) if pairs.linked[i]]
     chosen: list[int] = []
+    outside: list[int] = []
+
+    def is_worth(gap: float, pair: int) -> bool:
+        cost: float = noise * ((others + costs[pair]) ** 1.5 - others**1.5)
+        return weight * gap > cost
+
     model: GraphModel | None = None
     while waiting:
         tables = [_measured(pairs, i) for i in chosen]
@@ -71,17 +79,14 @@ def worthwhile(
         gaps = _gaps(model, pairs, waiting)
         added = 0
         while added < max(1.0, _GROWTH * len(chosen)):
-            worth = [
-                i
-                for i in waiting
-                if weight * gaps[i] > noise * ((others + costs[i]) ** 1.5 - others**1.5)
-            ]
+            worth = [i for i in waiting if is_worth(gaps[i], i)]
             cells = tree_cells([cliques[i] for i in chosen], shape)
             merits: dict[int, float] = {}
             for i in sorted(worth, key=lambda i: -gaps[i])[:_TRIED]:
                 grown = tree_cells([cliques[j] for j in (*chosen, i)], shape) - cells
                 if cells + grown > max_cells:
                     waiting.remove(i)  # it will not fit later either
+                    outside.append(i)
                 else:
                     merits[i] = gaps[i] / max(grown, 1) ** _THRIFT
             if merits:
@@ -94,7 +99,13 @@ def worthwhile(
                 break
         if not added:
             break
-    return [cliques[i] for i in chosen]
+    more: list[int] = []
+    gaps = _gaps(model, pairs, outside) if model is not None else {}
+    for i in sorted(outside, key=lambda i: -gaps[i]):
+        if is_worth(gaps[i], i):
+            more.append(i)
+            others += costs[i]
+    return [cliques[i] for i in chosen], [cliques[i] for i in more]
 
 
 def _measured(pairs: Pairs, pair: int) -> Measured:
