@@ -10,18 +10,16 @@ one counts as it is; only what is synthesized keeps it. Each is compiled to a ru
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .column import Column, Table
 from .dates import units_of
 from .errors import SchemaError
 from .orders import Order, step_of
 from .rules import Conditional, Lookup, Rule
-
-if TYPE_CHECKING:
-    from .schema import Column, Schema
 
 _MOST_EXACT = 2.0**53  # above it not every whole number is a float
 
@@ -109,7 +107,7 @@ class Values:
             return text or "missing"
         return f"{text} or missing"
 
-    def cells(self, column: "Column", where: str) -> NDArray[np.bool_]:
+    def cells(self, column: Column, where: str) -> NDArray[np.bool_]:
         """Whether each cell of a column belongs to the set, `(num_cells,)`.
 
         Raises:
@@ -128,7 +126,7 @@ class Values:
             mask[-1] = self.missing
         return mask
 
-    def _inside(self, column: "Column", where: str) -> NDArray[np.bool_]:
+    def _inside(self, column: Column, where: str) -> NDArray[np.bool_]:
         """Whether each ordered cell lies in the range."""
         if not column.is_ordered:
             raise SchemaError(f"{where}: a {column.kind} has no order, so list its values")
@@ -165,7 +163,7 @@ class Constraint(ABC):
         """Plain data that `constraint_from_json` reads back."""
 
     @abstractmethod
-    def compiled(self, schema: "Schema") -> Rule:
+    def compiled(self, schema: Table) -> Rule:
         """The rule over a schema's cells.
 
         Raises:
@@ -191,7 +189,7 @@ class Forbidden(Constraint):
         """The plain data."""
         return {"forbid": _conditions_json(self.where)}
 
-    def compiled(self, schema: "Schema") -> Rule:
+    def compiled(self, schema: Table) -> Rule:
         """The rule over cells."""
         return Conditional.of(_masks(schema, self.where, str(self)), None)
 
@@ -215,7 +213,7 @@ class Implication(Constraint):
         """The plain data."""
         return {"if": _conditions_json(self.given), "then": _conditions_json(self.then)}
 
-    def compiled(self, schema: "Schema") -> Rule:
+    def compiled(self, schema: Table) -> Rule:
         """The rule over cells."""
         given, then = (_masks(schema, part, str(self)) for part in (self.given, self.then))
         return Conditional.of(given, then)
@@ -245,7 +243,7 @@ class Ordering(Constraint):
         """The plain data."""
         return {"order": [self.low, "<" if self.strict else "<=", self.high]}
 
-    def compiled(self, schema: "Schema") -> Rule:
+    def compiled(self, schema: Table) -> Rule:
         """The rule over cells."""
         where = f"constraint {str(self)!r}"
         low, high = (_position(schema, name, where) for name in (self.low, self.high))
@@ -279,7 +277,7 @@ class Dependency(Constraint):
         data = {"from": self.source, "to": self.target, "table": dict(self.table)}
         return data | ({"missing": True} if self.missing else {})
 
-    def compiled(self, schema: "Schema") -> Rule:
+    def compiled(self, schema: Table) -> Rule:
         """The rule over cells."""
         where = f"constraint {str(self)!r}"
         source, target = (_position(schema, name, where) for name in (self.source, self.target))
@@ -337,7 +335,7 @@ def constraint_from_json(data: Any, number: int) -> Constraint:
 # --- from the schema's words to cells ---------------------------------------------------------
 
 
-def cell_of(column: "Column", text: str, where: str) -> int:
+def cell_of(column: Column, text: str, where: str) -> int:
     """The cell that stands for one value and no other.
 
     Raises:
@@ -346,7 +344,7 @@ def cell_of(column: "Column", text: str, where: str) -> int:
     return cells_by_text(column, [text], where)[0]
 
 
-def cells_by_text(column: "Column", texts: Sequence[str], where: str) -> list[int]:
+def cells_by_text(column: Column, texts: Sequence[str], where: str) -> list[int]:
     """The cell of each value, each of which has one to itself.
 
     Raises:
@@ -371,7 +369,7 @@ def cells_by_text(column: "Column", texts: Sequence[str], where: str) -> list[in
     return [int(cell) for cell in cells]
 
 
-def _number(column: "Column", value: str | float, where: str) -> float:
+def _number(column: Column, value: str | float, where: str) -> float:
     """A value of an ordered column in the unit of its `ends`."""
     try:
         if column.kind == "date":
@@ -385,7 +383,7 @@ def _number(column: "Column", value: str | float, where: str) -> float:
         ) from error
 
 
-def _snapped(column: "Column", value: float) -> float:
+def _snapped(column: Column, value: float) -> float:
     """A limit that means an edge of the bins of a real number, exactly at the edge."""
     if column.kind != "real":
         return value
@@ -437,9 +435,7 @@ def _said(conditions: Conditions) -> str:
     return " and ".join(f"{name} is {values}" for name, values in conditions)
 
 
-def _masks(
-    schema: "Schema", conditions: Conditions, said: str
-) -> list[tuple[int, NDArray[np.bool_]]]:
+def _masks(schema: Table, conditions: Conditions, said: str) -> list[tuple[int, NDArray[np.bool_]]]:
     """Positions of the named columns, and which of their cells belong to the set."""
     masks = []
     for name, values in conditions:
@@ -449,7 +445,7 @@ def _masks(
     return masks
 
 
-def _position(schema: "Schema", name: str, where: str) -> int:
+def _position(schema: Table, name: str, where: str) -> int:
     """Position of a column that a constraint names."""
     if name not in schema.names:
         ids = [column.name for column in schema.ids]
@@ -464,7 +460,7 @@ def _position(schema: "Schema", name: str, where: str) -> int:
     return position
 
 
-def _check_comparable(low: "Column", high: "Column", where: str) -> None:
+def _check_comparable(low: Column, high: Column, where: str) -> None:
     """Refuse an ordering of two columns that have no common line."""
     sorts = {"integer": "number", "real": "number", "date": "date", "ordinal": "ordinal"}
     found = [sorts.get(column.kind, column.kind) for column in (low, high)]

@@ -9,18 +9,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import wraps
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .records import Records
 from .ruleset import Part
+from .schema import Schema
 
-if TYPE_CHECKING:
-    from .synthesizer import Synthesizer
-
-    Sample = Callable[[Any, int, np.random.Generator], Records]
+Sample = Callable[[Any, int, np.random.Generator], Records]
 
 _PASSES = 8  # times that refused records are drawn again
 _FEWEST = 64  # records drawn at a time
@@ -30,7 +28,13 @@ _BLOCK = 1 << 20  # combinations looked at in one step
 _DONORS = 4_096  # accepted records that a last resort may copy from
 
 
-def keeping(sample: "Sample") -> "Sample":
+class Sampler(Protocol):
+    """What has a `sample` to keep: a synthesizer, of which only the schema is read here."""
+
+    schema: Schema
+
+
+def keeping(sample: Sample) -> Sample:
     """A synthesizer's `sample`, with the constraints of its schema kept by every record.
 
     Records that break one are drawn again, up to eight times over, which samples from the
@@ -41,7 +45,7 @@ def keeping(sample: "Sample") -> "Sample":
     """
 
     @wraps(sample)
-    def kept(self: "Synthesizer", num_records: int, rng: np.random.Generator) -> Records:
+    def kept(self: Sampler, num_records: int, rng: np.random.Generator) -> Records:
         records = sample(self, num_records, rng)
         rules = self.schema.rules
         if not rules.parts or not len(records):
@@ -73,7 +77,7 @@ def keeping(sample: "Sample") -> "Sample":
 
 
 def _whole_users(
-    synthesizer: "Synthesizer", sample: "Sample", records: Records, rng: np.random.Generator
+    synthesizer: Sampler, sample: Sample, records: Records, rng: np.random.Generator
 ) -> Records:
     """As many records, of users all of whose records keep the constraints.
 

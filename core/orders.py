@@ -7,17 +7,14 @@ orderings; the cells can be in order if no range becomes empty, which for orderi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .column import Column
 from .dates import SECONDS
 from .errors import SchemaError
 from .rules import Codes, Rule
-
-if TYPE_CHECKING:
-    from .schema import Column
 
 _REDRAWS = 16  # times that values out of order are drawn again
 
@@ -43,7 +40,7 @@ class Order(Rule):
     steps: Mapping[int, float]
 
     @staticmethod
-    def of(columns: Sequence["Column"], pairs: Sequence[tuple[int, int, bool]]) -> "Order":
+    def of(columns: Sequence[Column], pairs: Sequence[tuple[int, int, bool]]) -> "Order":
         """The rule of some orderings of a schema's columns.
 
         Args:
@@ -159,14 +156,14 @@ class Order(Rule):
         return kept
 
 
-def step_of(column: "Column") -> float:
+def step_of(column: Column) -> float:
     """How far apart a column's values are, in a unit that comparable columns share."""
     if column.kind == "real":
         return 0.0
     return float(SECONDS[column.resolution]) if column.kind == "date" else 1.0
 
 
-def _ends(column: "Column") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _ends(column: Column) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Least and greatest value of each cell in the common unit; infinite for missing."""
     unit = step_of(column) or 1.0
     least, greatest = column.ends

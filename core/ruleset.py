@@ -4,17 +4,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .column import Table
+from .constraints import Constraint
 from .errors import SchemaError
 from .orders import Order
 from .rules import Codes, Rule
-
-if TYPE_CHECKING:
-    from .schema import Schema
 
 _ZEROS_CELLS = 1 << 20  # most cells of a mask for an estimator
 _SEARCH_ROWS = 1 << 20  # records looked at in one step of the search for a possible one
@@ -58,13 +57,13 @@ class Rules:
     shape: tuple[int, ...]
 
     @staticmethod
-    def of(schema: "Schema") -> "Rules":
-        """A schema's constraints, compiled.
+    def of(schema: Table, constraints: Sequence[Constraint]) -> "Rules":
+        """Constraints compiled over a schema's cells.
 
         Raises:
           SchemaError: A constraint does not fit the schema, or no record can keep all of them.
         """
-        single = tuple(constraint.compiled(schema) for constraint in schema.constraints)
+        single = tuple(constraint.compiled(schema) for constraint in constraints)
         orders = [rule for rule in single if isinstance(rule, Order)]
         rules = [rule for rule in single if not isinstance(rule, Order)]
         for together in _together([order.columns for order in orders]):
@@ -132,9 +131,7 @@ def _together(groups: Sequence[Sequence[Any]]) -> list[list[int]]:
     return [places for _, places in found]
 
 
-def _witness(
-    schema: "Schema", columns: tuple[int, ...], rules: Sequence[Rule]
-) -> NDArray[np.int32]:
+def _witness(schema: Table, columns: tuple[int, ...], rules: Sequence[Rule]) -> NDArray[np.int32]:
     """Cells of some columns that keep all rules, found column by column.
 
     Raises:
