@@ -24,6 +24,7 @@ from .parts.gum import Target
 from .parts.histograms import Grid, Histograms, Measured, cells_of, total_of
 from .parts.measuring import MarginalStrategy
 from .parts.pairs import denoised_pairs, mended, pooled, within
+from .parts.possible import possible_groups
 from .parts.propagation import merged
 from .parts.rare import compress
 from .parts.tree_model import columns_of, link_of
@@ -279,10 +280,7 @@ class Marginals(MarginalStrategy):
             link = link_of(table, counts)
             ends = tuple(within(g, grids[g.column]) for g in (link.left, link.right))
             measured.append(Measured(ends, link.table * total, table.stddev))
-        zeros = [
-            (clique, _possible(mask, [grids[c] for c in clique]))
-            for clique, mask in schema.rules.zeros()
-        ]
+        zeros = possible_groups(schema, grids)
         model = fit([grid.size for grid in grids], measured, total=total, zeros=zeros)
         targets = _missed(model, grids, left, total) if self.refinements else []
         if targets:  # records that are moved to fit these must still fit what the model knows
@@ -334,13 +332,3 @@ def _can_be_seen(pairs: Histograms, total: float, noise_multiplier: float) -> bo
 def _ends(table: Measured) -> Clique:
     """The columns of a table."""
     return tuple(grid.column for grid in table.grids)
-
-
-def _possible(mask: NDArray[np.bool_], grids: Sequence[Grid]) -> NDArray[np.bool_]:
-    """Which groups of cells hold a combination that can be."""
-    for axis, grid in enumerate(grids):
-        front = np.moveaxis(mask, axis, 0)
-        merged = np.zeros((grid.size, *front.shape[1:]), dtype=np.bool_)
-        np.logical_or.at(merged, grid.groups, front)
-        mask = np.moveaxis(merged, 0, axis)
-    return mask

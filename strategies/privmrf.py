@@ -24,6 +24,7 @@ from .parts.graph import Graph
 from .parts.graph_model import GraphModel
 from .parts.histograms import Grid, Histograms, Measured, cells_of, margins_of, total_of
 from .parts.measuring import MarginalStrategy
+from .parts.possible import Possible, possible_groups, that_fit
 from .parts.propagation import merged
 from .parts.rare import compress
 from .parts.tree_model import columns_of
@@ -304,18 +305,12 @@ class _Known:
     margins: tuple[Measured, ...]
     tables: tuple[Measured, ...] = ()
     cliques: tuple[Clique, ...] = ()
-    zeros: tuple[tuple[Clique, NDArray[np.bool_]], ...] = ()
+    zeros: tuple[Possible, ...] = ()
 
     def within(self, max_cells: float) -> "_Known":
         """The same with those constraints that a model of so many cells can hold."""
-        zeros: list[tuple[Clique, NDArray[np.bool_]]] = []
-        for clique, possible in self.schema.rules.zeros():
-            groups = [self.base[column].groups for column in clique]
-            mask = merged(possible.astype(np.float64), groups) > 0
-            known = [c for c, _ in zeros]
-            if not mask.all() and tree_cells([*known, clique], self.sizes) <= max_cells:
-                zeros.append((clique, mask))
-        return replace(self, zeros=tuple(zeros))
+        possible = possible_groups(self.schema, self.base)
+        return replace(self, zeros=tuple(that_fit(possible, self.sizes, max_cells)))
 
     def linking(self, cliques: Sequence[Clique]) -> "_Known":
         """The same with a model that holds some cliques too."""

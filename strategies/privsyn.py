@@ -214,7 +214,8 @@ class Edited(Synthesizer):
         alone = [Target((Grid.whole(i, len(p)),), p) for i, p in enumerate(self.probs)]
         targets = [*self.targets, *alone]
         codes = gum(start.codes, targets, rng, passes=self.passes)
-        return Records(refined(codes, targets, rng, passes=self.refinements))
+        allowed = self.schema.rules.zeros()
+        return Records(refined(codes, targets, rng, allowed=allowed, passes=self.refinements))
 
     def settings(self) -> dict[str, Any]:
         """How much is edited."""

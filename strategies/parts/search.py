@@ -16,9 +16,11 @@ from .descent import fit
 from .graph import Graph
 from .graph_model import GraphModel
 from .histograms import Grid, Histograms, Measured, total_of
+from .possible import possible_groups, that_fit
 from .worst import Contest, Workload, expected_error
 
 _CELL_BYTES = 8
+_CONSTRAINED = 0.5  # most of a model that the schema's constraints may take up
 _FIT_STEPS = 15  # of a fit that the next step begins from; the last one goes to the end
 _MOST_STEPS, _MOST_TABLES = 1000, 1000
 
@@ -78,6 +80,10 @@ def search(
 ) -> Rounds:
     """Choose, measure and fit, step by step; then fit once more, to the end.
 
+    The schema's constraints are part of the model as far as they fit into half of it; a step's
+    limit counts what is measured beside them, within the limit of the last step. What does not
+    fit is kept by the sampler alone (`core.enforce`).
+
     Args:
       schema: Public schema.
       measured: What was measured before.
@@ -96,9 +102,14 @@ def search(
     hints = {scope_of(table): table for table in coarse}
     grids = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
     cells = np.array([table_cells(clique, shape) for clique in workload.cliques])
-    model = fit(shape, known, max_steps=_FIT_STEPS)
+    most = steps[-1].max_cells if steps else math.inf
+    zeros = that_fit(possible_groups(schema, grids), shape, _CONSTRAINED * most)
+    ruled = [clique for clique, _ in zeros]
+    free = tree_cells(ruled, shape) if ruled else 0
+    model = fit(shape, known, zeros=zeros, max_steps=_FIT_STEPS)
     for step in steps:
-        within = workload.within(scopes_of(known), step.max_cells) or [int(cells.argmin())]
+        max_cells = min(step.max_cells + free, most)
+        within = workload.within([*scopes_of(known), *ruled], max_cells) or [int(cells.argmin())]
         stddev = step.table_noise * max_norm * math.sqrt(step.count + len(always))
         contest = Contest(
             grids,
@@ -108,7 +119,7 @@ def search(
         )
         found = Found(step, model, total_of(known), contest, _stddevs(known))
         picked = yield from choose(found)
-        picked = _that_fit(picked, scopes_of(known), shape, step.max_cells)
+        picked = _that_fit(picked, [*scopes_of(known), *ruled], shape, max_cells)
         if not picked:
             picked = [contest.cliques[int(contest.weights.argmax())]]
         tables = measuring(grids, [*picked, *(c for c in always if c not in picked)])

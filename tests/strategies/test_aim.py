@@ -2,11 +2,13 @@
 """AIM and its family find the tables that matter, stay in their limits, and cost what they say."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from fedsynth.core.accounting import epsilon_of, single_event
 from fedsynth.core.choice import best
+from fedsynth.core.constraints import constraint_from_json
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.mechanism import Lattice, clipped_sum
 from fedsynth.core.query import NoisySum, Query
@@ -22,6 +24,7 @@ from fedsynth.strategies.mwem import Mwem
 from fedsynth.strategies.parts.cliques import tree_cells
 from fedsynth.strategies.parts.descent import fit
 from fedsynth.strategies.parts.histograms import Grid, Measured
+from fedsynth.strategies.parts.possible import possible_groups
 from fedsynth.strategies.parts.search import growing_steps
 from fedsynth.strategies.parts.worst import Contest, Workload
 
@@ -294,3 +297,50 @@ def test_every_table_asked_for_is_one_that_a_user_may_light():
             assert isinstance(query, Query)
             answer = strategy.answer(query, shard, np.random.default_rng(0))
             assert 0 <= answer.indices.min() <= answer.indices.max() < query.dim
+
+
+def constrained():
+    """Five columns, two of which the schema forbids a combination of that records have."""
+    schema, shard = dependent()
+    rule = constraint_from_json({"forbid": {"c0": "0", "c2": "1"}}, 1)
+    return replace(schema, constraints=(rule,)), shard
+
+
+@every
+def test_constraints_are_held_by_the_model_itself(strategy):
+    schema, shard = constrained()
+
+    learned = direct_run(strategy, schema, shard, 0.2, rng=np.random.default_rng(0))
+
+    pair = learned.model.marginal((0, 2))
+    assert pair[0, 1] == 0
+    assert np.delete(pair.ravel(), 1).min() > 0
+
+
+@pytest.mark.parametrize(("max_cells", "is_held"), [(60, True), (50, False)])
+def test_constraints_take_up_at_most_half_of_the_limit_on_the_model(max_cells, is_held):
+    schema, shard = constrained()  # a model of its constraint alone has 16 + 3 x 4 cells
+    strategy = Aim(num_steps=4, max_model_mb=8e-6 * max_cells)
+
+    learned = direct_run(strategy, schema, shard, 0.2, rng=np.random.default_rng(0))
+
+    assert (learned.model.marginal((0, 2))[0, 1] == 0) == is_held
+    assert tree_cells(learned.model.tree.cliques, schema.shape) <= max_cells
+    pair = learned.model.marginal((1, 3))  # the one that depends still finds room
+    assert np.abs(pair - np.outer(pair.sum(1), pair.sum(0))).sum() > 0.5
+    codes = learned.sample(1000, np.random.default_rng(1)).codes
+    assert schema.rules.valid(codes).all()
+
+
+def test_groups_of_cells_are_possible_if_any_of_their_cells_are():
+    schema, _ = constrained()
+    grids = [Grid.whole(i, 4) for i in range(5)]
+    grids[2] = Grid(2, np.array([1, 0, 2, 2]))
+    ((clique, alone),) = possible_groups(schema, grids)
+    grids[2] = Grid(2, np.array([0, 1, 1, 2]))
+    ((_, merged),) = possible_groups(schema, grids)
+
+    assert clique == (0, 2)
+    np.testing.assert_array_equal(np.argwhere(~alone), [[0, 0]])
+    assert merged.shape == (4, 3)
+    assert merged.all()

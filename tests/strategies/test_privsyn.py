@@ -2,11 +2,13 @@
 """PrivSyn: which marginals are chosen, dense data beaten, and what a release holds."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 from fedsynth.core.accounting import calibrate, leaves, mu_of, single_event
+from fedsynth.core.constraints import constraint_from_json
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.privacy import Budget
 from fedsynth.core.records import BoundedShard, Records
@@ -15,6 +17,7 @@ from fedsynth.simulation.direct import direct_run, non_private
 from fedsynth.simulation.quality import total_variation
 from fedsynth.strategies.independent import Independent
 from fedsynth.strategies.mst import Mst
+from fedsynth.strategies.parts.gum import Target
 from fedsynth.strategies.parts.histograms import Grid, Histograms, Measured
 from fedsynth.strategies.privsyn import Edited, Privsyn, chosen_marginals, dependences
 
@@ -280,3 +283,19 @@ def test_images_are_refused():
 
     with pytest.raises(ConfigError, match="image"):
         Privsyn().event(schema, 1.0)
+
+
+def test_no_record_is_refined_into_what_a_constraint_forbids():
+    plain = schema_of(3, 3)
+    rule = constraint_from_json({"forbid": {"c0": "0", "c1": "1"}}, 1)
+    table = np.array([[0.0, 0.3, 0.0], [0.15, 0.0, 0.2], [0.15, 0.0, 0.2]])
+    columns = (np.array([0.0, 0.5, 0.5]), np.full(3, 1 / 3))  # none begins in a forbidden cell
+    wanted = Target((Grid.whole(0, 3), Grid.whole(1, 3)), table)
+
+    def forbidden(schema):
+        learned = Edited(schema, columns, (wanted,), passes=0, refinements=8)
+        sampled = Edited.sample.__wrapped__(learned, 1000, np.random.default_rng(0))  # unmended
+        return (sampled.codes == [0, 1]).all(axis=1).sum()
+
+    assert forbidden(plain) > 50
+    assert forbidden(replace(plain, constraints=(rule,))) == 0
