@@ -24,7 +24,7 @@ from .parts.gum import Target
 from .parts.histograms import Grid, Histograms, Measured, cells_of, total_of
 from .parts.measuring import MarginalStrategy
 from .parts.pairs import denoised_pairs, mended, pooled, within
-from .parts.possible import possible_groups
+from .parts.possible import Possible, possible_groups, that_fit
 from .parts.propagation import merged
 from .parts.rare import compress
 from .parts.tree_model import columns_of, link_of
@@ -241,9 +241,20 @@ class Marginals(MarginalStrategy):
             noise=_LEFT * stddev / total,
             others=sum((weight * cells) ** (2 / 3) for cells in schema.shape),
             weight=_PAIR_WEIGHT,
-            max_cells=int(self.max_model_mb * 2**20 / 8),
+            max_cells=self._max_cells,
+            held=[clique for clique, _ in self._possible(schema, fine)],
         )
         return inside, beside if self.refinements else []
+
+    @property
+    def _max_cells(self) -> float:
+        """Most cells of the model."""
+        return self.max_model_mb * 2**20 / 8
+
+    def _possible(self, schema: Schema, grids: Sequence[Grid]) -> list[Possible]:
+        """Constraints that the model holds, in at most half of its size."""
+        shape = [grid.size for grid in grids]
+        return that_fit(possible_groups(schema, grids), shape, self._max_cells / 2)
 
     def _fitted(
         self,
@@ -280,7 +291,7 @@ class Marginals(MarginalStrategy):
             link = link_of(table, counts)
             ends = tuple(within(g, grids[g.column]) for g in (link.left, link.right))
             measured.append(Measured(ends, link.table * total, table.stddev))
-        zeros = possible_groups(schema, grids)
+        zeros = self._possible(schema, grids)
         model = fit([grid.size for grid in grids], measured, total=total, zeros=zeros)
         targets = _missed(model, grids, left, total) if self.refinements else []
         if targets:  # records that are moved to fit these must still fit what the model knows

@@ -30,7 +30,8 @@ def worthwhile(
     noise: float,
     others: float,
     weight: float,
-    max_cells: int,
+    max_cells: float,
+    held: Sequence[Clique] = (),
 ) -> tuple[list[Clique], list[Clique]]:
     """The pairs whose gap to the model outweighs the noise that measuring them adds.
 
@@ -46,6 +47,7 @@ def worthwhile(
       others: Sum of (w m)^(2/3) over the tables that are measured anyway.
       weight: How often the error of a pair's table counts.
       max_cells: Most cells of the model's junction tree over `shape`.
+      held: Cliques that the model holds besides, as those of constraints.
 
     Returns:
       Pairs of columns, first below second: those that the model holds, in the order they were
@@ -80,15 +82,15 @@ def worthwhile(
         added = 0
         while added < max(1.0, _GROWTH * len(chosen)):
             worth = [i for i in waiting if is_worth(gaps[i], i)]
-            cells = tree_cells([cliques[i] for i in chosen], shape)
+            cells = tree_cells([*held, *(cliques[i] for i in chosen)], shape)
             merits: dict[int, float] = {}
             for i in sorted(worth, key=lambda i: -gaps[i])[:_TRIED]:
-                grown = tree_cells([cliques[j] for j in (*chosen, i)], shape) - cells
-                if cells + grown > max_cells:
+                now = tree_cells([*held, *(cliques[j] for j in (*chosen, i))], shape)
+                if now > max_cells:
                     waiting.remove(i)  # it will not fit later either
                     outside.append(i)
                 else:
-                    merits[i] = gaps[i] / max(grown, 1) ** _THRIFT
+                    merits[i] = gaps[i] / max(now - cells, 1) ** _THRIFT
             if merits:
                 best = max(merits, key=lambda i: merits[i])
                 chosen.append(best)
