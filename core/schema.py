@@ -106,6 +106,11 @@ class Schema:
         """Numbers that a record is held as: one a table column, then the open columns' words."""
         return len(self.columns) + sum(c.num_words for c in self.columns)
 
+    @cached_property
+    def ordered_cells(self) -> dict[int, int]:
+        """Columns whose first cells have an order, and how many of them have."""
+        return {i: c.num_ordered_cells for i, c in enumerate(self.columns) if c.is_ordered}
+
     @property
     def num_cells(self) -> int:
         """Cells of all table columns together."""

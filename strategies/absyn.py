@@ -3,14 +3,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from ..core.query import Contribution, Query, Rounds
 from ..core.records import BoundedShard
 from ..core.schema import Schema
-from .independent import tables_only
 from .parts.histograms import Grid, cells_of
 from .parts.measuring import MarginalStrategy
 from .parts.search import (
@@ -22,9 +21,6 @@ from .parts.search import (
     search,
 )
 from .parts.worst import Workload
-
-if TYPE_CHECKING:
-    from dp_accounting.dp_event import DpEvent
 
 
 @dataclass(frozen=True)
@@ -78,22 +74,17 @@ class Absyn(MarginalStrategy):
             shares={"column_share": self.column_share, "choice_share": self.choice_share},
         )
 
-    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
+    def noise(self, schema: Schema, noise_multiplier: float) -> list[float]:
         """A sum of columns, and a choice and a sum a batch."""
-        from ..core.accounting import compose, single_event
-
-        tables_only(schema, self.name)
         first, steps = self._plan(noise_multiplier)
-        noise = [first, *(z for step in steps for z in (step.choice_noise, step.table_noise))]
-        return compose(single_event(multiplier) for multiplier in noise)
+        return [first, *(z for step in steps for z in (step.choice_noise, step.table_noise))]
 
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
     ) -> Rounds:
         """Measure the columns, then the worst tables, batch by batch."""
-        tables_only(schema, self.name)
         first, steps = self._plan(noise_multiplier)
-        grids = [Grid.whole(i, num_cells) for i, num_cells in enumerate(schema.shape)]
+        grids = Grid.each(schema.shape)
         columns = measuring(grids, [(i,) for i in range(len(grids))])
         noisy = yield columns.query("columns", noise_multiplier=first, max_norm=max_norm)
         return (

@@ -3,7 +3,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from ..core.errors import ConfigError
 from ..core.query import Contribution, Query, Rounds
 from ..core.records import BoundedShard
 from ..core.schema import Schema
-from .independent import tables_only
 from .parts.hints import by_hints, coarse_pairs
 from .parts.histograms import Grid, cells_of, total_of
 from .parts.measuring import MarginalStrategy
@@ -24,9 +23,6 @@ from .parts.search import (
     search,
 )
 from .parts.worst import Workload
-
-if TYPE_CHECKING:
-    from dp_accounting.dp_event import DpEvent
 
 
 @dataclass(frozen=True)
@@ -110,28 +106,24 @@ class Aim(MarginalStrategy):
         if self.pair_cells < 2:
             raise ConfigError(f"pair_cells must be 2 or more, not {self.pair_cells!r}")
 
-    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
+    def noise(self, schema: Schema, noise_multiplier: float) -> list[float]:
         """A sum of columns, and a choice and a sum a step; one sum for a single column."""
-        from ..core.accounting import compose, single_event
-
-        tables_only(schema, self.name)
         if len(schema.columns) == 1:
-            return single_event(noise_multiplier)
+            return [noise_multiplier]
         first, steps = self._plan(noise_multiplier)
         noise = [*first, *(step.table_noise for step in steps)]
         if self.select == "exact":
             noise += [step.choice_noise for step in steps]
-        return compose(single_event(multiplier) for multiplier in noise)
+        return noise
 
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
     ) -> Rounds:
         """Measure the columns, then whatever is worst."""
-        tables_only(schema, self.name)
         alone = len(schema.columns) == 1
         first, steps = ([noise_multiplier], []) if alone else self._plan(noise_multiplier)
         shape = schema.shape
-        grids = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
+        grids = Grid.each(shape)
         columns = measuring(grids, [(i,) for i in range(len(shape))])
         noisy = yield columns.query("columns", noise_multiplier=first[0], max_norm=max_norm)
         measured = columns.measured(noisy)

@@ -400,11 +400,6 @@ class _Domain:
         }
 
 
-def open_aware(strategy: Strategy, schema: Schema, settings: Mapping[str, Any]) -> Strategy:
-    """The strategy, wrapped if the schema has open columns."""
-    return Discovered(strategy, **settings) if schema.is_open else strategy
-
-
 def _open(schema: Schema) -> list[Column]:
     """The open columns of a schema."""
     return [column for column in schema.columns if column.is_open]

@@ -14,9 +14,10 @@ from ..core.query import Contribution, NoisySum, Query, Rounds, Strategy, trusts
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
-from .independent import Columns, tables_only
+from .independent import Columns
 from .parts.coarsen import coarsen
 from .parts.histograms import Grid
+from .parts.measuring import tables_only
 from .parts.rounding import spread
 from .parts.softmax import Lookup, Newton, Softmax, contrasts, roughness
 

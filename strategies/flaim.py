@@ -4,14 +4,13 @@
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from ..core.query import Contribution, NoisySum, Query, Rounds
 from ..core.records import BoundedShard
 from ..core.schema import Schema
-from .independent import tables_only
 from .parts.cliques import Clique
 from .parts.histograms import Grid, cells_of
 from .parts.measuring import MarginalStrategy
@@ -25,9 +24,6 @@ from .parts.search import (
     search,
 )
 from .parts.worst import Workload
-
-if TYPE_CHECKING:
-    from dp_accounting.dp_event import DpEvent
 
 
 @dataclass(frozen=True)
@@ -90,26 +86,21 @@ class Flaim(MarginalStrategy):
             shares={"column_share": self.column_share, "choice_share": self.choice_share},
         )
 
-    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
+    def noise(self, schema: Schema, noise_multiplier: float) -> list[float]:
         """A sum of columns, and a choice and a sum a step; one sum for a single column."""
-        from ..core.accounting import compose, single_event
-
-        tables_only(schema, self.name)
         if len(schema.columns) == 1:
-            return single_event(noise_multiplier)
+            return [noise_multiplier]
         first, steps = self._plan(noise_multiplier)
-        noise = [first, *(z for step in steps for z in (step.choice_noise, step.table_noise))]
-        return compose(single_event(multiplier) for multiplier in noise)
+        return [first, *(z for step in steps for z in (step.choice_noise, step.table_noise))]
 
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
     ) -> Rounds:
         """Measure the columns, then what most clients find worst."""
-        tables_only(schema, self.name)
         alone = len(schema.columns) == 1
         first, steps = (noise_multiplier, []) if alone else self._plan(noise_multiplier)
         shape = schema.shape
-        grids = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
+        grids = Grid.each(shape)
         each = [(i,) for i in range(len(shape))]
         columns = measuring(grids, each)
         noisy = yield columns.query("columns", noise_multiplier=first, max_norm=max_norm)

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,6 @@ from .parts.histograms import norm_clip
 from .parts.measuring import MarginalStrategy
 from .parts.rounding import rounded_cells
 from .parts.simplex import pooled_total, to_simplex
-
-if TYPE_CHECKING:
-    from dp_accounting.dp_event import DpEvent
 
 
 @dataclass(frozen=True)
@@ -37,18 +34,14 @@ class Independent(MarginalStrategy):
     def check(self) -> None:
         """There is nothing else to set."""
 
-    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
-        """One Gaussian sum."""
-        from ..core.accounting import single_event
-
-        tables_only(schema, self.name)
-        return single_event(noise_multiplier)
+    def noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
+        """That of the one sum."""
+        return (noise_multiplier,)
 
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
     ) -> Rounds:
         """Ask once, bring each histogram to the simplex."""
-        tables_only(schema, self.name)
         noisy = yield Query(
             "histograms",
             dim=schema.num_cells,
@@ -106,20 +99,6 @@ class Columns(Synthesizer):
           ConfigError: The arrays are not those of a `Columns` of this schema.
         """
         return cls(schema, split_probs(schema, tensors.get("probs", np.zeros(0))))
-
-
-def tables_only(schema: Schema, strategy: str) -> None:
-    """Refuse a schema that marginals cannot describe.
-
-    Raises:
-      ConfigError: The schema has an image column, or no table column.
-    """
-    if schema.image is not None or not schema.columns:
-        raise ConfigError(
-            f"strategy {strategy!r} learns tables; the schema holds the image column"
-            f" {schema.image.name if schema.image else None!r}. Remove it from the schema, or"
-            " take a strategy for images: private_evolution, dp_merf, dp_fedavg"
-        )
 
 
 def split_probs(schema: Schema, flat: NDArray[Any]) -> tuple[NDArray[np.float64], ...]:

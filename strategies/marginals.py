@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,8 @@ from ..core.errors import ConfigError
 from ..core.query import Contribution, Query, Rounds
 from ..core.records import BoundedShard
 from ..core.schema import Schema
-from .independent import tables_only
 from .parts.cliques import Clique
-from .parts.coarsen import coarsen
+from .parts.coarsen import clear_cells, coarsen
 from .parts.descent import fit
 from .parts.graph import MAX_REFINEMENTS, Graph
 from .parts.graph_model import GraphModel
@@ -29,9 +28,6 @@ from .parts.propagation import merged
 from .parts.rare import compress
 from .parts.tree_model import columns_of, link_of
 from .parts.worthwhile import worthwhile
-
-if TYPE_CHECKING:
-    from dp_accounting.dp_event import DpEvent
 
 _CLEAR_PAIR = 2.5  # noise deviations of the mean cell of a pair in the second round
 _CLEAR_TABLE = 2.0  # and in the third
@@ -109,23 +105,15 @@ class Marginals(MarginalStrategy):
                 f"max_model_mb must be above 0 and at most 4096, not {self.max_model_mb!r}"
             )
 
-    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
-        """Three Gaussian sums; one if there is a single column."""
-        from ..core.accounting import compose, single_event
-
-        tables_only(schema, self.name)
-        return compose(single_event(noise) for noise in self._noise(schema, noise_multiplier))
-
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
     ) -> Rounds:
         """Measure columns, coarse pairs, and what is worth it; fit the model."""
-        tables_only(schema, self.name)
-        noise = self._noise(schema, noise_multiplier)
+        noise = self.noise(schema, noise_multiplier)
         shape = schema.shape
-        bins = {i: c.num_ordered_cells for i, c in enumerate(schema.columns) if c.is_ordered}
+        bins = schema.ordered_cells
 
-        whole = [Grid.whole(i, cells) for i, cells in enumerate(shape)]
+        whole = Grid.each(shape)
         alone = Histograms.balanced([(grid,) for grid in whole])
         noisy = yield alone.query("columns", noise_multiplier=noise[0], max_norm=max_norm)
         columns = alone.measured(noisy)
@@ -174,7 +162,7 @@ class Marginals(MarginalStrategy):
         """The cell of each record in each histogram asked for."""
         return cells_of(query, shard)
 
-    def _noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
+    def noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
         """Noise multiplier of each round."""
         from ..core.accounting import split
 
@@ -199,7 +187,7 @@ class Marginals(MarginalStrategy):
           bins: Columns whose first cells have an order.
         """
         spread = stddev * math.sqrt(2 * len(counts))  # if about as many tables as columns follow
-        most = _clear_cells(total, _CLEAR_TABLE * spread, _FEWEST_FINE, self.table_cells)
+        most = clear_cells(total, _CLEAR_TABLE * spread, fewest=_FEWEST_FINE, most=self.table_cells)
         grids = []
         for i, column in enumerate(counts):
             groups = compress(column, spread, clear=1.0, ordered=i in bins)
@@ -216,7 +204,7 @@ class Marginals(MarginalStrategy):
     ) -> list[Grid]:
         """Cells of each column in the second round, each made of whole fine ones."""
         spread = stddev * math.sqrt(math.comb(len(fine), 2))
-        most = _clear_cells(total, _CLEAR_PAIR * spread, _FEWEST, self.pair_cells)
+        most = clear_cells(total, _CLEAR_PAIR * spread, fewest=_FEWEST, most=self.pair_cells)
         return [
             Grid(i, coarsen(np.maximum(grid.merge(column), 1e-9), most)[grid.groups])
             for i, (grid, column) in enumerate(zip(fine, counts, strict=True))
@@ -314,12 +302,6 @@ def _missed(
     ]
     found = mended(tables, left, total, sure=_SURE)
     return [Target(t.grids, m) for t, m in zip(left, found, strict=True) if m is not None]
-
-
-def _clear_cells(total: float, stddev: float, fewest: int, most: int) -> int:
-    """Cells of a column such that a mean cell of a pair's table clears the noise."""
-    clear = math.isqrt(int(min(max(total, 0.0) / stddev, most**2)))
-    return min(max(clear, fewest), most)
 
 
 def _can_be_seen(pairs: Histograms, total: float, noise_multiplier: float) -> bool:

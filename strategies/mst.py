@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +15,13 @@ from ..core.query import Contribution, Query, Rounds
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
-from .independent import split_probs, tables_only
-from .parts.coarsen import coarsen
+from .independent import split_probs
+from .parts.coarsen import clear_cells, coarsen
 from .parts.forest import best_forest
 from .parts.histograms import Grid, Histograms, Measured, cells_of, total_of
 from .parts.measuring import MarginalStrategy
 from .parts.pairs import denoised_pairs
 from .parts.tree_model import Link, TreeModel, columns_of, fit
-
-if TYPE_CHECKING:
-    from dp_accounting.dp_event import DpEvent
 
 _CLEAR = 4.0  # noise deviations that the mean cell of a coarse table stands above zero
 _FEWEST_CELLS = 4  # of a column in a coarse table, however much noise there is
@@ -82,23 +79,15 @@ class Mst(MarginalStrategy):
                 f" not {self.select_cells!r} and {self.pair_cells!r}"
             )
 
-    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
-        """Three Gaussian sums; one if there is a single column."""
-        from ..core.accounting import compose, single_event
-
-        tables_only(schema, self.name)
-        return compose(single_event(noise) for noise in self._noise(schema, noise_multiplier))
-
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
     ) -> Rounds:
         """Measure columns, choose the tree, measure the tree."""
-        tables_only(schema, self.name)
-        noise = self._noise(schema, noise_multiplier)
+        noise = self.noise(schema, noise_multiplier)
         shape = schema.shape
-        bins = {i: c.num_ordered_cells for i, c in enumerate(schema.columns) if c.is_ordered}
+        bins = schema.ordered_cells
 
-        whole = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
+        whole = Grid.each(shape)
         alone = Histograms.balanced([(grid,) for grid in whole])
         noisy = yield alone.query("columns", noise_multiplier=noise[0], max_norm=max_norm)
         measured = alone.measured(noisy)
@@ -106,7 +95,10 @@ class Mst(MarginalStrategy):
             return Tree(schema, fit(shape, measured, (), bins=bins))
 
         counts = columns_of(shape, measured, total_of(measured), bins)
-        cells = self._coarse_cells(len(shape), total_of(measured), noise[1] * max_norm)
+        spread = noise[1] * max_norm * math.sqrt(math.comb(len(shape), 2))
+        cells = clear_cells(
+            total_of(measured), _CLEAR * spread, fewest=_FEWEST_CELLS, most=self.select_cells
+        )
         grids = [Grid(i, coarsen(column, cells)) for i, column in enumerate(counts)]
         pairs = Histograms.balanced(list(combinations(grids, 2)))
         noisy = yield pairs.query("pairs", noise_multiplier=noise[1], max_norm=max_norm)
@@ -129,7 +121,7 @@ class Mst(MarginalStrategy):
         """The cell of each record in each histogram asked for."""
         return cells_of(query, shard)
 
-    def _noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
+    def noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
         """Noise multiplier of each round."""
         from ..core.accounting import split
 
@@ -137,12 +129,6 @@ class Mst(MarginalStrategy):
             return (noise_multiplier,)
         tree_share = 1 - self.column_share - self.select_share
         return split(noise_multiplier, (self.column_share, self.select_share, tree_share))
-
-    def _coarse_cells(self, num_columns: int, total: float, noise_multiplier: float) -> int:
-        """Cells of a column in the second round, such that a mean cell clears the noise."""
-        stddev = noise_multiplier * math.sqrt(math.comb(num_columns, 2))
-        clear = math.isqrt(int(min(total / (_CLEAR * stddev), self.select_cells**2)))
-        return min(max(clear, _FEWEST_CELLS), self.select_cells)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from ..core.query import Contribution, Query, Rounds
 from ..core.records import BoundedShard
 from ..core.schema import Schema
-from .independent import tables_only
 from .parts.histograms import Grid, cells_of
 from .parts.measuring import MarginalStrategy
 from .parts.search import (
@@ -22,9 +21,6 @@ from .parts.search import (
     search,
 )
 from .parts.worst import Workload
-
-if TYPE_CHECKING:
-    from dp_accounting.dp_event import DpEvent
 
 
 @dataclass(frozen=True)
@@ -75,23 +71,18 @@ class Mwem(MarginalStrategy):
             shares={"choice_share": self.choice_share, "total_share": self.total_share},
         )
 
-    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
+    def noise(self, schema: Schema, noise_multiplier: float) -> list[float]:
         """A sum, and a choice and a sum a step."""
-        from ..core.accounting import compose, single_event
-
-        tables_only(schema, self.name)
         first, step, num_steps = self._plan(schema, noise_multiplier)
-        noise = [first, *[step.choice_noise, step.table_noise] * num_steps]
-        return compose(single_event(multiplier) for multiplier in noise)
+        return [first, *[step.choice_noise, step.table_noise] * num_steps]
 
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
     ) -> Rounds:
         """Measure the number of records, then whatever is worst."""
-        tables_only(schema, self.name)
         first, step, num_steps = self._plan(schema, noise_multiplier)
         shape = schema.shape
-        grids = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
+        grids = Grid.each(shape)
         smallest = measuring(grids, [(int(np.argmin(shape)),)])
         noisy = yield smallest.query("total", noise_multiplier=first, max_norm=max_norm)
         return (

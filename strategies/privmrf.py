@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,8 @@ from ..core.errors import ConfigError
 from ..core.query import Contribution, NoisySum, Query, Rounds
 from ..core.records import BoundedShard
 from ..core.schema import Schema
-from .independent import tables_only
 from .parts.cliques import Clique, junction_tree, table_cells, tree_cells
-from .parts.coarsen import coarsen
+from .parts.coarsen import clear_cells, coarsen
 from .parts.denoise import shrink
 from .parts.descent import fit
 from .parts.graph import Graph
@@ -28,9 +27,6 @@ from .parts.possible import Possible, possible_groups, that_fit
 from .parts.propagation import merged
 from .parts.rare import compress
 from .parts.tree_model import columns_of
-
-if TYPE_CHECKING:
-    from dp_accounting.dp_event import DpEvent
 
 Pair = tuple[int, int]
 
@@ -120,27 +116,22 @@ class PrivMrf(MarginalStrategy):
         if not 0 < self.max_model_mb <= 1e5:
             raise ConfigError(f"max_model_mb must lie in (0, 100,000], not {self.max_model_mb!r}")
 
-    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
-        """Three Gaussian sums and one a refinement; one in all if there is a single column."""
-        from ..core.accounting import compose, single_event
-
-        tables_only(schema, self.name)
-        return compose(single_event(noise) for noise in self._noise(schema, noise_multiplier))
-
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
     ) -> Rounds:
         """Measure columns and coarse pairs; then choose, measure and fit, and once more."""
-        tables_only(schema, self.name)
-        noise = self._noise(schema, noise_multiplier)
-        whole = [Grid.whole(i, cells) for i, cells in enumerate(schema.shape)]
+        noise = self.noise(schema, noise_multiplier)
+        whole = Grid.each(schema.shape)
         alone = Histograms.balanced([(grid,) for grid in whole])
         noisy = yield alone.query("columns", noise_multiplier=noise[0], max_norm=max_norm)
         known = self._known(schema, alone.measured(noisy))
         if len(schema.columns) == 1:
             return known.synthesizer(known.fitted(None, max_steps=_LAST_STEPS))
 
-        cells = self._coarse_cells(len(whole), known.total, noise[1] * max_norm)
+        spread = noise[1] * max_norm * math.sqrt(math.comb(len(whole), 2))
+        cells = clear_cells(
+            known.total, _CLEAR * spread, fewest=_FEWEST_CELLS, most=self.select_cells
+        )
         grids = [Grid(i, coarsen(weights, cells)) for i, weights in enumerate(known.weights)]
         pairs = _Tables.of(list(combinations(grids, 2)), known.base)
         noisy = yield pairs.asked.query("pairs", noise_multiplier=noise[1], max_norm=max_norm)
@@ -166,7 +157,7 @@ class PrivMrf(MarginalStrategy):
         """The cell of each record in each table asked for."""
         return cells_of(query, shard)
 
-    def _noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
+    def noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
         """Noise multiplier of each round."""
         from ..core.accounting import split
 
@@ -195,12 +186,6 @@ class PrivMrf(MarginalStrategy):
     def _max_cells(self) -> float:
         """Most cells of a model."""
         return self.max_model_mb * 1e6 / _CELL_BYTES
-
-    def _coarse_cells(self, num_columns: int, total: float, noise_multiplier: float) -> int:
-        """Groups of a column in the second round, such that a mean cell clears the noise."""
-        stddev = noise_multiplier * math.sqrt(math.comb(num_columns, 2))
-        clear = math.isqrt(int(min(total / (_CLEAR * stddev), self.select_cells**2)))
-        return min(max(clear, _FEWEST_CELLS), self.select_cells)
 
     def _useful(self, total: float, stddev: float) -> float:
         """Most cells of a table whose mean cell stands `theta` deviations above zero."""
@@ -420,7 +405,7 @@ class _Known:
 
 def _counts(schema: Schema, margins: Sequence[Measured], total: float) -> list[NDArray[np.float64]]:
     """Counts of each column's cells from all that was measured of it."""
-    bins = {i: c.num_ordered_cells for i, c in enumerate(schema.columns) if c.is_ordered}
+    bins = schema.ordered_cells
     return columns_of(schema.shape, margins, total, bins)
 
 

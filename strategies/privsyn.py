@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,8 @@ from ..core.query import Contribution, Query, Rounds
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
-from .independent import Columns, split_probs, tables_only
-from .parts.coarsen import coarsen
+from .independent import Columns, split_probs
+from .parts.coarsen import clear_cells, coarsen
 from .parts.consistency import agreed, plausible
 from .parts.denoise import shrink
 from .parts.gum import Target, gum
@@ -25,9 +25,6 @@ from .parts.measuring import MarginalStrategy
 from .parts.refine import refined
 from .parts.targets import ARRAYS, arrays_of, targets_of
 from .parts.tree_model import columns_of
-
-if TYPE_CHECKING:
-    from dp_accounting.dp_event import DpEvent
 
 Pair = tuple[int, int]
 Clique = tuple[int, ...]
@@ -105,23 +102,15 @@ class Privsyn(MarginalStrategy):
             if not 0 <= getattr(self, key) <= 10_000:
                 raise ConfigError(f"{key} must be 0 to 10,000, not {getattr(self, key)!r}")
 
-    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
-        """Three Gaussian sums; one if there is a single column."""
-        from ..core.accounting import compose, single_event
-
-        tables_only(schema, self.name)
-        return compose(single_event(noise) for noise in self._noise(schema, noise_multiplier))
-
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
     ) -> Rounds:
         """Measure columns, choose marginals, measure marginals, make all agree."""
-        tables_only(schema, self.name)
-        noise = self._noise(schema, noise_multiplier)
+        noise = self.noise(schema, noise_multiplier)
         shape = schema.shape
-        bins = {i: c.num_ordered_cells for i, c in enumerate(schema.columns) if c.is_ordered}
+        bins = schema.ordered_cells
 
-        whole = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
+        whole = Grid.each(shape)
         alone = Histograms.balanced([(grid,) for grid in whole])
         noisy = yield alone.query("columns", noise_multiplier=noise[0], max_norm=max_norm)
         measured = alone.measured(noisy)
@@ -130,7 +119,8 @@ class Privsyn(MarginalStrategy):
         if len(shape) == 1:
             return self._edited(schema, counts, ())
 
-        cells = self._coarse_cells(len(shape), total, noise[1] * max_norm)
+        spread = noise[1] * max_norm * math.sqrt(math.comb(len(shape), 2))
+        cells = clear_cells(total, _CLEAR * spread, fewest=_FEWEST_CELLS, most=self.select_cells)
         grids = [Grid(i, coarsen(column, cells)) for i, column in enumerate(counts)]
         pairs = Histograms.balanced(list(combinations(grids, 2)))
         noisy = yield pairs.query("pairs", noise_multiplier=noise[1], max_norm=max_norm)
@@ -169,7 +159,7 @@ class Privsyn(MarginalStrategy):
         probs = tuple(column / column.sum() for column in counts)
         return Edited(schema, probs, tuple(targets), self.passes, self.refinements)
 
-    def _noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
+    def noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
         """Noise multiplier of each round."""
         from ..core.accounting import split
 
@@ -177,12 +167,6 @@ class Privsyn(MarginalStrategy):
             return (noise_multiplier,)
         rest = 1 - self.column_share - self.select_share
         return split(noise_multiplier, (self.column_share, self.select_share, rest))
-
-    def _coarse_cells(self, num_columns: int, total: float, stddev: float) -> int:
-        """Cells of a column in the second round, such that a mean cell clears the noise."""
-        stddev *= math.sqrt(math.comb(num_columns, 2))
-        clear = math.isqrt(int(min(total / (_CLEAR * stddev), self.select_cells**2)))
-        return min(max(clear, _FEWEST_CELLS), self.select_cells)
 
 
 @dataclass(frozen=True, eq=False)

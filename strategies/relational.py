@@ -17,13 +17,13 @@ from ..core.query import Contribution, Query, Rounds, Strategy
 from ..core.records import BoundedShard, Family, Records
 from ..core.schema import Column, Schema
 from ..core.synthesizer import Synthesizer
-from .independent import tables_only
 from .parts.cliques import Clique, table_cells, tree_cells
 from .parts.coarsen import coarsen
 from .parts.denoise import shrink, smooth
 from .parts.descent import fit
 from .parts.graph import Graph
 from .parts.histograms import Grid, Histograms, Measured, total_of
+from .parts.measuring import tables_only
 from .parts.relation import Layout, relation_cells, relation_query
 from .parts.rounding import rounded_cells, spread
 from .parts.simplex import to_simplex

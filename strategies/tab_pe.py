@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from ..core.query import Contribution, NoisySum, Query, Rounds
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
-from .independent import split_probs, tables_only
+from .independent import split_probs
 from .parts.gum import Target
 from .parts.histograms import Grid, Histograms, Measured, cells_of, norm_clip, total_of
 from .parts.measuring import MarginalStrategy
@@ -25,9 +25,6 @@ from .parts.simplex import pooled_total, to_simplex
 from .parts.tree_model import columns_of
 from .parts.variation import Candidates
 from .parts.votes import ballot, finder_of, label_of, labels_of
-
-if TYPE_CHECKING:
-    from dp_accounting.dp_event import DpEvent
 
 _WALKS = 0.5  # chance that an ordered cell moves to one nearby instead of being drawn anew
 _PASSES = 5  # of refining a sample towards the columns' histograms
@@ -112,22 +109,14 @@ class TabPe(MarginalStrategy):
         if not 0 < self.category_weight <= 10:
             raise ConfigError(f"category_weight must lie in (0, 10], not {self.category_weight!r}")
 
-    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
-        """One Gaussian sum a round of votes, and one or two before them."""
-        from ..core.accounting import compose, single_event
-
-        self._check(schema)
-        return compose(single_event(noise) for noise in self._noises(schema, noise_multiplier))
-
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float
     ) -> Rounds:
         """Measure classes and columns; draw a pool; ask for votes, select and mutate."""
-        self._check(schema)
         label = label_of(schema, self.label)
-        noises = self._noises(schema, noise_multiplier)
+        noises = self.noise(schema, noise_multiplier)
         measured: list[Measured] = []
-        whole = [Grid.whole(i, num_cells) for i, num_cells in enumerate(schema.shape)]
+        whole = Grid.each(schema.shape)
         asked = [("classes", [g for g in whole if g.column == label])] if label >= 0 else []
         asked.append(("columns", [g for g in whole if g.column != label]))
         for (name, grids), noise in zip(asked, noises, strict=False):
@@ -135,7 +124,7 @@ class TabPe(MarginalStrategy):
             noisy = yield alone.query(name, noise_multiplier=noise, max_norm=max_norm)
             measured += alone.measured(noisy)
         total = total_of(measured)
-        bins = {i: c.num_ordered_cells for i, c in enumerate(schema.columns) if c.is_ordered}
+        bins = schema.ordered_cells
         counts = columns_of(schema.shape, measured, total, bins)
         probs = tuple(column / column.sum() for column in counts)
 
@@ -175,7 +164,6 @@ class TabPe(MarginalStrategy):
 
     def _check(self, schema: Schema) -> None:
         """Refuse a schema that these settings do not fit."""
-        tables_only(schema, self.name)
         label = label_of(schema, self.label)
         if all(i == label for i in range(len(schema.columns))):
             raise ConfigError("the schema holds nothing but the label; set label = ''")
@@ -190,10 +178,11 @@ class TabPe(MarginalStrategy):
         """Candidates that every class needs, so that a record can cast its votes."""
         return num_classes * self.num_votes
 
-    def _noises(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
-        """Noise multiplier of each query, in order."""
+    def noise(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
+        """Noise multiplier of each query, in order: one or two, and one a round of votes."""
         from ..core.accounting import split
 
+        self._check(schema)
         firsts = [self.class_share, self.column_share]
         if label_of(schema, self.label) < 0:
             firsts = [sum(firsts)]

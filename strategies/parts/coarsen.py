@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merge a column's cells into few groups: heavy cells alone, light ones in runs of equal weight."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,6 +36,19 @@ def coarsen(shares: NDArray[np.float64], max_groups: int) -> NDArray[np.int64]:
         else:
             low = middle
     return runs(shares, high)
+
+
+def clear_cells(total: float, stddev: float, *, fewest: int, most: int) -> int:
+    """Cells of a column such that the mean cell of a table of two columns clears its noise.
+
+    Args:
+      total: Number of records; >= 0.
+      stddev: What the mean cell is to reach, in records: some deviations of the noise.
+      fewest: Least cells, however much noise there is.
+      most: Most cells, however little.
+    """
+    clear = math.isqrt(int(min(total / stddev, most**2)))
+    return min(max(clear, fewest), most)
 
 
 def runs(shares: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:

@@ -55,7 +55,7 @@ class Graph(Synthesizer):
     @staticmethod
     def whole(schema: Schema, model: GraphModel) -> "Graph":
         """A model over the cells themselves."""
-        grids = tuple(Grid.whole(i, cells) for i, cells in enumerate(schema.shape))
+        grids = tuple(Grid.each(schema.shape))
         return Graph(schema, model, grids, tuple(np.full(c, 1.0 / c) for c in schema.shape))
 
     def sample(self, num_records: int, rng: np.random.Generator) -> Records:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...core.query import NoisySum, Query
 from .cliques import Clique, table_cells
-from .coarsen import coarsen
+from .coarsen import clear_cells, coarsen
 from .denoise import shrink
 from .graph_model import GraphModel
 from .histograms import Grid, Histograms, Measured
@@ -41,8 +41,7 @@ def coarse_pairs(
       most_cells: Most cells of a column in them.
     """
     stddev = noise_multiplier * math.sqrt(math.comb(len(shape), 2))
-    clear = math.isqrt(int(min(total / (_CLEAR * stddev), most_cells**2)))
-    cells = min(max(clear, _FEWEST_CELLS), most_cells)
+    cells = clear_cells(total, _CLEAR * stddev, fewest=_FEWEST_CELLS, most=most_cells)
     shares = {table.grids[0].column: to_simplex(table.counts, total) for table in columns}
     even = [np.full(num_cells, 1.0 / num_cells) for num_cells in shape]
     grids = [Grid(i, coarsen(shares.get(i, even[i]), cells)) for i in range(len(shape))]

@@ -39,6 +39,11 @@ class Grid:
         """Every cell on its own."""
         return Grid(column, np.arange(num_cells, dtype=np.int64))
 
+    @staticmethod
+    def each(shape: Sequence[int]) -> "list[Grid]":
+        """Every cell of every column on its own."""
+        return [Grid.whole(column, num_cells) for column, num_cells in enumerate(shape)]
+
     @cached_property
     def size(self) -> int:
         """Number of groups."""

@@ -2,13 +2,15 @@
 """What all strategies of marginals share: whom they count, a user's clip, and where it is from.
 
 To make a strategy of marginals one of these: derive it from `MarginalStrategy` instead of
-`Strategy` and drop its own `max_norm`; rename `__post_init__` to `check`, `event` to `cost`,
-`rounds` to `learn` (which is given `max_norm` last, where it used `self.max_norm`) and `answer` to
-`count`. Nothing else changes: the class gains `weight`, `norm_quantile` and `norm_share`.
+`Strategy` and drop its own `max_norm`; rename `__post_init__` to `check`, `rounds` to `learn`
+(which is given `max_norm` last, where it used `self.max_norm`) and `answer` to `count`, and say in
+`noise` what its sums cost in place of `event`. The class gains `weight`, `norm_quantile` and
+`norm_share`, and refuses images.
 """
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -114,8 +116,16 @@ class MarginalStrategy(Strategy):
         """Refuse impossible values of the strategy's own settings, by `ConfigError`."""
 
     @abstractmethod
-    def cost(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
-        """As `Strategy.event`, of all queries but that of norms."""
+    def noise(self, schema: Schema, noise_multiplier: float) -> Sequence[float]:
+        """Noise multipliers of all queries but that of norms, all of full participation.
+
+        Args:
+          schema: Public schema of the population, without images.
+          noise_multiplier: What these queries cost together, as one Gaussian.
+
+        Raises:
+          ConfigError: The settings do not fit the schema.
+        """
 
     @abstractmethod
     def learn(
@@ -138,16 +148,19 @@ class MarginalStrategy(Strategy):
         """The sum of norms, if there is one, and all others."""
         from ...core.accounting import compose, single_event
 
-        if not self.measures_norms:
-            return self.cost(schema, noise_multiplier)
-        first, others = self._split(noise_multiplier)
-        return compose([single_event(first), self.cost(schema, others)])
+        tables_only(schema, self.name)
+        multipliers: list[float] = []
+        if self.measures_norms:
+            first, noise_multiplier = self._split(noise_multiplier)
+            multipliers.append(first)
+        multipliers += self.noise(schema, noise_multiplier)
+        return compose(single_event(multiplier) for multiplier in multipliers)
 
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
         """Measure norms if the bound is not declared; then learn."""
+        self.event(schema, noise_multiplier)  # refuses what does not fit before anything is asked
         if not self.measures_norms:
             return (yield from self.learn(schema, noise_multiplier, rng, self._declared))
-        self.cost(schema, noise_multiplier)  # refuses what does not fit before anything is asked
         first, others = self._split(noise_multiplier)
         tables = norm_tables(schema, self.norm_ways)
         noisy = yield norm_query(tables, noise_multiplier=first)
@@ -175,6 +188,20 @@ class MarginalStrategy(Strategy):
 
         first, others = split(noise_multiplier, (self.norm_share, 1 - self.norm_share))
         return first, others
+
+
+def tables_only(schema: Schema, strategy: str) -> None:
+    """Refuse a schema that marginals cannot describe.
+
+    Raises:
+      ConfigError: The schema has an image column, or no table column.
+    """
+    if schema.image is not None or not schema.columns:
+        raise ConfigError(
+            f"strategy {strategy!r} learns tables; the schema holds the image column"
+            f" {schema.image.name if schema.image else None!r}. Remove it from the schema, or"
+            " take a strategy for images: private_evolution, dp_merf, dp_fedavg"
+        )
 
 
 def norm_tables(schema: Schema, ways: int) -> Histograms:

@@ -100,7 +100,7 @@ def search(
     """
     shape, known = schema.shape, list(measured)
     hints = {scope_of(table): table for table in coarse}
-    grids = [Grid.whole(i, num_cells) for i, num_cells in enumerate(shape)]
+    grids = Grid.each(shape)
     cells = np.array([table_cells(clique, shape) for clique in workload.cliques])
     most = steps[-1].max_cells if steps else math.inf
     zeros = that_fit(possible_groups(schema, grids), shape, _CONSTRAINED * most)

@@ -212,7 +212,7 @@ def test_dependence_is_learned_where_budget_is_generous(kind):
     nothing = prior(strategy, schema, dial, np.random.default_rng(0))
 
     assert floor > 0.15
-    assert max(distance(schema, shard, each) for each in learned) < 0.35 * floor
+    assert max(distance(schema, shard, each) for each in learned) < 0.5 * floor
     assert distance(schema, shard, nothing) > 1.5 * floor
 
 
