@@ -146,6 +146,7 @@ class Stream:
 
     Attributes:
       num_users: People in it.
+      max_records: Records of each of them.
       law: What their records follow.
       generating_s: CPU-seconds spent on making records so far.
     """
@@ -153,18 +154,25 @@ class Stream:
     def __init__(self, point: Point) -> None:
         self.num_users, self.generating_s = point.users, 0.0
         self.law = Law(tuple(table_schema(point.columns).shape))
-        self._each = point.each
+        self.max_records = point.each
+
+    def only(self, chosen: NDArray[np.bool_]) -> BoundedShard:
+        """Nobody: all that is asked for is a shard without users."""
+        if chosen.any():
+            raise ValueError("a stream is read whole")
+        codes = self.law.codes(0, np.random.default_rng(0))
+        return BoundedShard(Records(codes), np.zeros(0, dtype=np.int64), 0, self.max_records)
 
     def blocks(self, num_users: int) -> Iterator[BoundedShard]:
         """Blocks of at most `num_users` users."""
-        chunk = max(1, CHUNK // self._each)
+        chunk = max(1, CHUNK // self.max_records)
         for first in range(0, self.num_users, chunk):
             begun = time.process_time()
             users = min(chunk, self.num_users - first)
             rng = np.random.default_rng([3, first])
-            codes = self.law.codes(users * self._each, rng)
-            index = np.repeat(np.arange(users), self._each)
-            block = BoundedShard(Records(codes), index, users, self._each)
+            codes = self.law.codes(users * self.max_records, rng)
+            index = np.repeat(np.arange(users), self.max_records)
+            block = BoundedShard(Records(codes), index, users, self.max_records)
             self.generating_s += time.process_time() - begun
             yield from block.blocks(num_users)
 

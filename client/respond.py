@@ -64,7 +64,7 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
     if shard.num_users < site.policy.min_users:
         return _refused(ask, ClientCode.POLICY_REFUSED)
     try:
-        block_users = _users_a_block(strategy, ask.query, shard)
+        block_users = users_a_block(strategy, ask.query, shard)
     except (ConfigError, ValueError, TypeError, KeyError, IndexError) as error:
         _log.error("a request that %s cannot answer for anybody: %s", ask.strategy, error)
         return _refused(ask, ClientCode.MALFORMED)
@@ -120,7 +120,7 @@ def _refused(ask: Ask, code: ClientCode) -> Reply:
     return Reply(ask.run, ask.round, ask.attempt, code)
 
 
-def _users_a_block(strategy: Strategy, query: Query, shard: BoundedShard) -> int:
+def users_a_block(strategy: Strategy, query: Query, shard: BoundedShard) -> int:
     """Users answered at a time, so that memory is bounded by blocks and not by the shard.
 
     Answers for nobody first: what fails here fails for everyone, by the request's own fault, and

@@ -244,7 +244,7 @@ def _add_cells(
     alone = np.diff(users, prepend=-1) > 0
     alone[:-1] &= np.diff(users) > 0
     # a user with one record whose cells all differ: every height once, so one norm for them all
-    simple = alone & (np.diff(cells, axis=1) > 0).all(axis=1)
+    simple = alone & (cells[:, 1:] > cells[:, :-1]).all(axis=1)
     if scales is not None:
         simple &= (scales == 1.0).all(axis=1)
     whole = np.rint(heights)
@@ -256,10 +256,7 @@ def _add_cells(
     if not fits:
         simple[:] = False
     picked = cells[simple]
-    for column, height in enumerate(whole if len(picked) else ()):
-        low = picked[:, column].min()
-        counts = np.bincount(picked[:, column] - low)
-        total[low : low + len(counts)] += counts * int(height)
+    np.add.at(total, picked.ravel(), np.broadcast_to(whole, picked.shape).ravel().astype(np.int64))
     cells, users = cells[~simple], users[~simple]
     if not len(users):
         return

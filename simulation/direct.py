@@ -7,6 +7,7 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
+from ..client.respond import users_a_block
 from ..core import mechanism
 from ..core.choice import best, chosen, score_sensitivity
 from ..core.query import NoisySum, Query, Strategy
@@ -16,8 +17,6 @@ from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
 
 _TINY = 1e-9  # noise multiplier that stands for none
-_BLOCK = 1 << 22  # numbers in a block of dense rows
-_MOST_USERS = 1 << 13  # users in a block
 
 
 def direct_run(
@@ -163,9 +162,8 @@ def _summed(
     """Exact clipped sum of all users, on the query's lattice."""
     if query.sampling_prob < 1:
         shard = shard.only(coins(shard.num_users, query.sampling_prob, stream))
-    size = _MOST_USERS if query.cells else max(1, min(_MOST_USERS, _BLOCK // query.dim))
     total = np.zeros(query.dim, dtype=np.int64)
-    for block in shard.blocks(size):
+    for block in shard.blocks(users_a_block(strategy, query, shard)):
         answer = strategy.answer(query, block, rng)
         total += mechanism.clipped_sum(answer, query, num_users=block.num_users)
     return total
