@@ -6,10 +6,12 @@ is the schema's target, and off it, on two other columns. The paper's figures, a
 times and a speed 333.73 times that of another method, are the greatest of single runs. Here are the
 medians and the greatest ratios over seeds, levels and tables, with their spread.
 
-A method that is slow can be left out, and measured apart later: with `--keep FILE` every run is
-kept as soon as it ends, and not measured again.
+    python benchmarks/dpdsyn.py --json dpdsyn.json              some hours of one core
+    python benchmarks/dpdsyn.py --json dpdsyn.json --only 'dpdsyn*,mst' --tables adult
+    python benchmarks/dpdsyn.py --quick                         a minute
 
-    python benchmarks/dpdsyn.py --keep build/dpdsyn.jsonl --only 'mst/*' --only 'dpdsyn*/adult'
+Runs are kept in FILE.runs.jsonl as those of tabular.py are. `private_evolution` and what trains
+networks are slow, and run only where --only names them.
 """
 
 import report  # isort: skip  (first: it holds numpy and torch to one thread)
@@ -19,8 +21,7 @@ import statistics
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from fnmatch import fnmatch
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -28,20 +29,24 @@ import tables
 from fedsynth.core.query import Strategy
 from fedsynth.core.records import Records
 from fedsynth.core.schema import Schema
-from fedsynth.simulation.direct import direct_run
-from fedsynth.simulation.quality import quality_of, total_variation, train_on_synthetic
+from fedsynth.simulation.quality import train_on_synthetic
 from fedsynth.strategies.dpdsyn import Guided
 from fedsynth.strategies.registry import build_strategy, strategy_names
 from measure import (
+    NO_NOISE,
+    NOISE_ONLY,
     REAL,
-    Failed,
+    RECORDS,
+    UNITS,
     Job,
-    OverTime,
-    Run,
     Runs,
-    dial_of,
-    in_own_process,
+    asked,
+    choices,
+    distances,
+    made,
     measure_all,
+    measured,
+    note_runs,
     settings_of,
 )
 
@@ -54,102 +59,69 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {  # ways to do the second step, and
     "dpdsyn-uniform": {"features": "uniform"},
     "dpdsyn-1-step": {"num_steps": 1},
 }
-LEVELS = ("epsilon=0.1", "epsilon=0.2", "epsilon=1", "epsilon=4")
+EPSILONS = (0.1, 1.0, 4.0)
 OFF_TASK: Mapping[str, tuple[str, str]] = {
-    "adult": ("marital_status", "education"),
+    "adult": ("marital_status", "sex"),
     "smoking": ("dental caries", "hearing(left)"),
-    "acs_national2019": ("SEX", "EDU"),
+    "acs_national2019": ("SEX", "MSP"),
     "diabetes130": ("gender", "insulin"),
 }
-MOST_RECORDS = 100_000  # synthetic records that are sampled and timed
-_JUDGED = 10_000  # of them judges are trained on
+_JUDGED = 10_000  # synthetic records that judges are trained on
 _SLOW = ("private_evolution",)  # and others that train networks; only when --only names them
 _TASK = ("accuracy, logistic", "accuracy, boosting")
+_LEFT_OUT = ("rounds", "kB up", "kB down", "only sums")  # tabular.py has them
 
 
 def main() -> int:
     """Run the benchmark."""
-    options = report.parser(__doc__)
-    options.add_argument("--seeds", type=int, default=5)
-    options.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
-    options.add_argument("--keep", type=Path, help="keep every run here, and do none twice")
-    options.add_argument(
-        "--only", action="append", help="METHOD/TABLE, a pattern; may be given twice"
+    args = choices(__doc__, list(OFF_TASK), EPSILONS).parse_args()
+    figures = report.Report(OURS, args)
+    runs = Runs(args.json.with_suffix(".runs.jsonl") if args.json else None)
+    jobs = [job for job in _jobs(args) if args.fresh or not runs.has(job)]
+    measure_all(
+        jobs, runs, lambda job: measured(job, limit_s=args.limit, by=judged), at_once=args.jobs
     )
-    options.add_argument("--limit-s", type=float, default=900.0, help="of one run")
-    options.add_argument("--at-once", type=int, default=1)
-    args = options.parse_args()
-    figures, runs = report.Report(OURS, args), Runs(args.keep)
-
-    jobs = [job for job in _jobs(args) if not runs.has(job)]
-    measure_all(jobs, runs, lambda job: _run(job, args.limit_s), at_once=args.at_once)
     for job in runs.cases(quick=args.quick):
         name = " ".join(job.key[:3])
-        mine = runs.of(*job.key[:3])
-        for metric in mine[0].figures:
-            values = [run.figures[metric] for run in mine]
-            figures.add(name, metric, values, unit="CPU-s" if metric.endswith("CPU-s") else "")
-    for run in runs.failures(quick=args.quick):
-        figures.note(f"{' '.join(map(str, run.job.key))}: {run.failed}")
+        for metric in runs.of(*job.key[:3])[0].figures:
+            if metric not in _LEFT_OUT:
+                unit = "CPU-s" if metric.endswith("CPU-s") else UNITS.get(metric, "")
+                figures.add(name, metric, runs.values(*job.key[:3], metric), unit=unit)
+    note_runs(figures, runs)
     _ratios(figures, runs, quick=args.quick)
     return figures.finish()
 
 
 def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     """Everything that is to be measured."""
-    names = ["adult"] if args.quick else list(OFF_TASK)
-    levels = ["epsilon=1"] if args.quick else args.levels
-    seeds = 1 if args.quick else args.seeds
+    names = ["adult"] if args.quick else [t for t in OFF_TASK if asked(t, args.tables)]
+    levels = [("epsilon=1", 0)]
+    if not args.quick:
+        noisy = [f"epsilon={float(e):g}" for e in args.epsilons.split(",")]
+        levels = [(NOISE_ONLY, 0), (NO_NOISE, 0), *product(noisy, range(args.seeds))]
     for table in names:
-        if _wanted(args, REAL, table):
-            yield Job(table, REAL, "records", 0, judge=True, quick=args.quick)
-        for level in levels:
-            for method in _methods(args):
-                for seed in range(seeds):
-                    if _wanted(args, method, table):
-                        yield Job(table, method, level, seed, judge=True, quick=args.quick)
+        yield Job(table, REAL, RECORDS, 0, judge=True, quick=args.quick)
+        for method, (level, seed) in product(_methods(args), levels):
+            yield Job(table, method, level, seed, judge=True, quick=args.quick)
 
 
 def _methods(args: argparse.Namespace) -> list[str]:
     """Ours, its variants, and all other installed methods for tables."""
     if args.quick:
         return [OURS, "dpdsyn-accept", "dpdsyn-invert", "mst"]
-    return [OURS, *VARIANTS, *(name for name in strategy_names() if name != OURS)]
+    every = [OURS, *VARIANTS, *(name for name in strategy_names() if name != OURS)]
+    if args.only:
+        return [name for name in every if asked(name, args.only)]
+    return [m for m in every if m not in _SLOW and not m.startswith(("dp_", "rdp_"))]
 
 
-def _wanted(args: argparse.Namespace, method: str, table: str) -> bool:
-    """Whether --only asks for a pair; without it, whatever does not train a network."""
-    if not args.only:
-        return method not in _SLOW and not method.startswith(("dp_", "rdp_"))
-    return any(fnmatch(f"{method}/{table}", pattern) for pattern in args.only)
-
-
-def _run(job: Job, limit_s: float) -> Run:
-    """A run, in a process of its own."""
-    try:
-        return Run(job, in_own_process(_measured, job, limit_s=limit_s))
-    except OverTime:
-        return Run(job, failed=f"no result in {limit_s:g} s")
-    except Failed as failed:
-        return Run(job, failed=str(failed))
-
-
-def _measured(job: Job) -> dict[str, float]:
+def judged(job: Job) -> dict[str, float]:
     """Learn, sample, and judge on and off the task."""
     case = tables.load(job.table, quick=job.quick)
     if job.method == REAL:
-        found = {"2-way TVD": total_variation(case.train.records, case.test, case.schema, 2)}
-        return found | _judged(case, case.train.records, job.table)
-    strategy = _strategy(job.method, case, quick=job.quick)
-    rng = np.random.default_rng([job.seed, 1])
-    dial = dial_of(strategy, case, float(job.level.removeprefix("epsilon=")))
-    with report.cpu_timer() as learning:
-        learned = direct_run(strategy, case.schema, case.train, dial, rng=rng)
-    with report.cpu_timer() as sampling:
-        records = learned.sample(min(MOST_RECORDS, len(case.train.records)), rng)
-    found = {"learning CPU-s": learning[0], "sampling CPU-s": sampling[0]}
-    distances = quality_of(case.train.records, records, case.schema, orders=(1, 2, 3))
-    found |= {f"{k}-way TVD": v for k, v in distances.total_variation.items()}
+        return distances(case, case.test) | _judged(case, case.train.records, job.table)
+    learned, records, found = made(job, case, _strategy(job.method, case, quick=job.quick))
+    found |= distances(case, records)
     if isinstance(learned, Guided):
         at = case.schema.index(case.schema.target or "")
         right = learned.soft_labels(case.test).argmax(axis=1) == case.test.codes[:, at]
@@ -159,12 +131,12 @@ def _measured(job: Job) -> dict[str, float]:
 
 def _strategy(method: str, case: tables.Case, *, quick: bool) -> Strategy:
     """A method, with what its author would set for the table."""
-    if method == OURS or method in VARIANTS:
-        settings: dict[str, Any] = dict(VARIANTS.get(method, {}))
-        if case.train.max_records > 1 and settings.get("features") != "uniform":
-            settings["feature_settings"] = {"max_norm": 3.0}  # as for all others, see measure.py
-        return build_strategy(OURS, settings)
-    return build_strategy(method, settings_of(method, case, quick=quick))
+    if method not in VARIANTS:
+        return build_strategy(method, settings_of(method, case, quick=quick))
+    settings = settings_of(OURS, case) | dict(VARIANTS[method])
+    if settings.get("features") == "uniform":  # a kind of features that measures nothing
+        settings.pop("feature_settings", None)
+    return build_strategy(OURS, settings)
 
 
 def _judged(case: tables.Case, records: Records, table: str) -> dict[str, float]:

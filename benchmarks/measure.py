@@ -8,6 +8,7 @@ were run apart are one whole once their files are put together, in any order.
 
 import report  # isort: skip  (first: it holds numpy and torch to one thread)
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +33,7 @@ from fedsynth.core.privacy import Budget
 from fedsynth.core.query import NoisySum, Query, Rounds, Strategy
 from fedsynth.core.records import Records
 from fedsynth.core.schema import Schema
+from fedsynth.core.synthesizer import Synthesizer
 from fedsynth.simulation.direct import direct_run, non_private, prior
 from fedsynth.simulation.quality import quality_of, train_on_synthetic
 from fedsynth.strategies.parts.measuring import MarginalStrategy
@@ -44,6 +47,7 @@ AT_LEAST = "CPU-s at least"  # of a run that was ended for working too long
 TVDS = ("1-way TVD", "2-way TVD", "3-way TVD")
 METRICS = (*TVDS, "CPU-s", AT_LEAST, "memory MB", "rounds", "kB up", "kB down")
 UNITS = {"CPU-s": "CPU-s", AT_LEAST: "CPU-s", "memory MB": "MB", "kB up": "kB", "kB down": "kB"}
+SEEDS = 5
 LOCAL = ("flaim",)  # methods whose clients choose: their people are dealt out at random
 MOST_RECORDS = 100_000  # synthetic records that are compared
 _TOO_LONG = "no result in"
@@ -188,6 +192,32 @@ def note_runs(figures: report.Report, runs: Runs) -> None:
         figures.note(f"{other} runs were measured before the code was changed; --fresh runs anew")
 
 
+def choices(
+    description: str | None, table_names: Sequence[str], epsilons: Sequence[float]
+) -> argparse.ArgumentParser:
+    """The options of a benchmark of methods on tables at epsilons: what to run, and how."""
+    options = report.parser(description)
+    lists = {
+        "only": ("methods; with * for any", None),
+        "tables": ("tables, of " + ", ".join(table_names), None),
+        "epsilons": ("epsilons", ",".join(f"{e:g}" for e in epsilons)),
+    }
+    for name, (what, default) in lists.items():
+        options.add_argument(f"--{name}", metavar="A,B", help=f"only these {what}", default=default)
+    options.add_argument("--seeds", type=int, default=SEEDS, help="repetitions (default 5)")
+    options.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    options.add_argument(
+        "--limit", type=float, default=900.0, help="seconds a run may take; of a peer, CPU-s (900)"
+    )
+    options.add_argument("--fresh", action="store_true", help="run anew what is known already")
+    return options
+
+
+def asked(name: str, patterns: str | None) -> bool:
+    """Whether a list of patterns, if there is one, holds a name."""
+    return patterns is None or any(fnmatch(name, p.strip()) for p in patterns.split(","))
+
+
 def measure_all(
     jobs: Sequence[Job], runs: Runs, one: Callable[[Job], Run], *, at_once: int
 ) -> None:
@@ -201,14 +231,10 @@ def measure_all(
             )
 
 
-def measured(job: Job, *, limit_s: float) -> Run:
-    """A run of one of our own methods, in a process of its own.
-
-    Its CPU-seconds are those of learning and sampling; its memory is the most that the process
-    held until then, the table and all imports included.
-    """
+def measured(job: Job, *, limit_s: float, by: Callable[[Job], dict[str, float]]) -> Run:
+    """A run of one of our own, in a process of its own; its figures `by` a module's function."""
     try:
-        return Run(job, in_own_process(_measured, job, limit_s=limit_s))
+        return Run(job, in_own_process(by, job, limit_s=limit_s))
     except OverTime:
         return Run(job, failed=f"{_TOO_LONG} {limit_s:g} s")
     except Failed as failed:
@@ -276,34 +302,49 @@ def _send(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...])
     pipe.close()
 
 
-def _measured(job: Job) -> dict[str, float]:
+def compared(job: Job) -> dict[str, float]:
     """Learn, sample, and compare with the real records."""
     case = tables.load(job.table, quick=job.quick)
     if job.method == REAL:
         return _real(case, judge=job.judge)
     strategy = build_strategy(job.method, settings_of(job.method, case, quick=job.quick))
+    _, records, cost = made(job, case, strategy)
+    return distances(case, records, judge=job.judge) | cost
+
+
+def made(
+    job: Job, case: tables.Case, strategy: Strategy
+) -> tuple[Synthesizer, Records, dict[str, float]]:
+    """What a strategy learns at the job's level, records of it, and what both cost.
+
+    The CPU-seconds are those of this process from the first question to the last record; its
+    memory is the most that it held until then, the table and all imports included.
+    """
     rng = np.random.default_rng([job.seed, 1])
     dial = 1.0 if job.level == NO_NOISE else dial_of(strategy, case, _epsilon(job.level))
     tally = Tally()
     counted: Any = Counted(strategy, tally)
     people = tables.dealt_out(case, "IID", rng) if job.method in LOCAL else [case.train]
-    with report.cpu_timer() as spent:
+    with report.cpu_timer() as learning:
         if job.level == NO_NOISE:
             synthesizer = non_private(counted, case.schema, people, rng)
         elif job.level == NOISE_ONLY:
             synthesizer = prior(counted, case.schema, dial, rng)
         else:
             synthesizer = direct_run(counted, case.schema, people, dial, rng=rng)
+    with report.cpu_timer() as sampling:
         records = synthesizer.sample(min(MOST_RECORDS, len(case.train.records)), rng)
     cost = {
-        "CPU-s": spent[0],
+        "CPU-s": learning[0] + sampling[0],
+        "learning CPU-s": learning[0],
+        "sampling CPU-s": sampling[0],
         "memory MB": report.peak_rss_bytes() / 1e6,
         "rounds": float(tally.rounds),
         "kB up": tally.bytes_up / 1e3,
         "kB down": tally.bytes_down / 1e3,
         "only sums": float(tally.only_sums),
     }
-    return distances(case, records, judge=job.judge) | cost
+    return synthesizer, records, cost
 
 
 def distances(case: tables.Case, records: Records, *, judge: bool = False) -> dict[str, float]:
@@ -341,6 +382,8 @@ def settings_of(method: str, case: tables.Case, *, quick: bool = False) -> dict[
         # several records a user call for a larger norm, found within the budget where a method
         # can; 3 was chosen by looking at diabetes130, so figures of other methods flatter a little
         settings["max_norm"] = "auto" if isinstance(strategy, MarginalStrategy) else 3.0
+    if "feature_settings" in fields and case.train.max_records > 1:
+        settings["feature_settings"] = {"max_norm": "auto"}
     if "num_users" in fields:
         settings["num_users"] = num_users
         if "sampling_prob" in fields:  # cohorts of about 300 users, whatever the table

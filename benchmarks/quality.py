@@ -22,6 +22,7 @@ from measure import (
     Job,
     Runs,
     add_cases,
+    compared,
     measure_all,
     measured,
 )
@@ -48,7 +49,7 @@ def main() -> int:
         levels += [(f"epsilon={e:g}", seed) for e, seed in product(epsilons, range(seeds))]
         jobs += [Job(TABLE, method, *level, judge=True, quick=args.quick) for level in levels]
     missing = [job for job in jobs if args.fresh or not runs.has(job)]
-    measure_all(missing, runs, lambda job: measured(job, limit_s=LIMIT_S), at_once=1)
+    measure_all(missing, runs, lambda job: measured(job, limit_s=LIMIT_S, by=compared), at_once=1)
     add_cases(figures, runs, runs.cases(quick=args.quick))
     found = runs.values(TABLE, "dp_merf", "epsilon=1", "accuracy, logistic")
     if found:

@@ -20,15 +20,13 @@ from fedsynth.core.query import Strategy
 from fedsynth.simulation.direct import direct_run
 from fedsynth.strategies.registry import STRATEGIES, build_strategy
 from measure import (
-    Failed,
     Job,
-    OverTime,
-    Run,
     Runs,
     dial_of,
     distances,
     in_own_process,
     measure_all,
+    measured,
     note_runs,
     settings_of,
 )
@@ -57,14 +55,17 @@ def main() -> int:
     methods = [m for m in METHODS if m.removesuffix(AUGMENTED) in STRATEGIES]
     try:
         tables.load(table)
-    except tables.Missing as missing:
-        figures.note(str(missing))
+    except tables.Missing as absent:
+        figures.note(str(absent))
         return figures.finish(by_case=True)
     jobs = [
         Job(table, method, split, seed, quick=args.quick)
         for method, split, seed in product(methods, splits, seeds)
     ]
-    measure_all([job for job in jobs if args.fresh or not runs.has(job)], runs, _run, at_once=1)
+    missing = [job for job in jobs if args.fresh or not runs.has(job)]
+    measure_all(
+        missing, runs, lambda job: measured(job, limit_s=LIMIT_S, by=measured_split), at_once=1
+    )
     for method, split in product(methods, splits):
         for metric in ("2-way TVD", "3-way TVD"):
             if values := runs.values(table, method, split, metric):
@@ -98,16 +99,6 @@ def _claims(
         if method in LOCAL:
             sentence = f"{method}: some split is worse than IID ({worst:.3f} of it)"
             figures.claim(sentence, worst > 1 and min(found) < 0.05)
-
-
-def _run(job: Job) -> Run:
-    """What one job gives."""
-    try:
-        return Run(job, in_own_process(measured_split, job, limit_s=LIMIT_S))
-    except OverTime:
-        return Run(job, failed=f"no result in {LIMIT_S:g} s")
-    except Failed as failed:
-        return Run(job, failed=str(failed))
 
 
 def measured_split(job: Job) -> dict[str, float]:

@@ -20,7 +20,6 @@ import report  # isort: skip  (first: it holds numpy and torch to one thread)
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
 from itertools import product
 
 import numpy as np
@@ -37,6 +36,9 @@ from measure import (
     Run,
     Runs,
     add_cases,
+    asked,
+    choices,
+    compared,
     distances,
     measure_all,
     measured,
@@ -63,7 +65,6 @@ METHODS = (
     "rdp_gan",
 )
 EPSILONS = (0.1, 1.0, 4.0, 10.0)
-SEEDS = 5
 PEER_TABLES, PEER_EPSILONS, PEER_SEEDS = ("adult_coded",), (1.0, 10.0), 1
 TVDS = ("2-way TVD", "3-way TVD")
 SWIFT = {1.0: (0.0384, 0.0841, 115.0), 10.0: (0.0214, 0.0609, 347.0)}  # notes of its measurement
@@ -91,29 +92,16 @@ def main() -> int:
 
 def _options() -> argparse.ArgumentParser:
     """What can be asked for."""
-    options = report.parser(__doc__)
-    lists = {
-        "only": ("methods, ours and peers'; with * for any", None),
-        "tables": ("tables, of " + ", ".join(tables.TABLES), None),
-        "epsilons": ("epsilons", ",".join(f"{e:g}" for e in EPSILONS)),
-    }
-    for name, (what, default) in lists.items():
-        options.add_argument(f"--{name}", metavar="A,B", help=f"only these {what}", default=default)
-    options.add_argument("--seeds", type=int, default=SEEDS, help="repetitions (default 5)")
-    options.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    options.add_argument(
-        "--limit", type=float, default=900.0, help="seconds a run may take; of a peer, CPU-s (900)"
-    )
+    options = choices(__doc__, tables.TABLES, EPSILONS)
     options.add_argument("--judge", action="store_true", help="accuracy on real records too: slow")
     options.add_argument("--no-peers", action="store_true", help="leave other packages out")
-    options.add_argument("--fresh", action="store_true", help="run anew what is known already")
     return options
 
 
 def _jobs(figures: report.Report, args: argparse.Namespace) -> Iterator[Job]:
     """All runs that were asked for and can be had, those of a table together."""
     installed = [m for m in METHODS if m in strategy_names()]
-    wanted = [m for m in (*METHODS, *PEERS) if _asked(m, args.only)]
+    wanted = [m for m in (*METHODS, *PEERS) if asked(m, args.only)]
     if missing := [m for m in wanted if m not in installed and m not in PEERS]:
         figures.note(f"not installed, left out: {', '.join(missing)}")
     if args.quick:
@@ -123,7 +111,7 @@ def _jobs(figures: report.Report, args: argparse.Namespace) -> Iterator[Job]:
             yield Job("diabetes130_cut", method, level, 0, quick=True)
         return
     epsilons = [float(e) for e in args.epsilons.split(",")]
-    for table in (t for t in tables.TABLES if _asked(t, args.tables)):
+    for table in (t for t in tables.TABLES if asked(t, args.tables)):
         try:
             case = tables.load(table)
         except tables.Missing as missing_table:
@@ -144,15 +132,10 @@ def _jobs(figures: report.Report, args: argparse.Namespace) -> Iterator[Job]:
                     yield Job(table, peer, level, seed, peer=PEERS[peer].package)
 
 
-def _asked(name: str, patterns: str | None) -> bool:
-    """Whether a list of patterns, if there is one, holds a name."""
-    return patterns is None or any(fnmatch(name, p.strip()) for p in patterns.split(","))
-
-
 def _run(job: Job, args: argparse.Namespace) -> Run:
     """What one job gives."""
     if job.peer is None:
-        return measured(job, limit_s=args.limit)
+        return measured(job, limit_s=args.limit, by=compared)
     case = tables.load(job.table)
     domain = dict(zip(case.schema.names, map(int, case.schema.shape), strict=True))
     try:
