@@ -37,12 +37,6 @@ def number_codes(values: NDArray[np.float64]) -> NDArray[np.int32]:
     return np.where(np.isnan(values), MISSING_NUMBER, np.where(bits < 0, bits ^ _SIGN, bits))
 
 
-def numbers_of(codes: NDArray[np.int32]) -> NDArray[np.float64]:
-    """The numbers that codes stand for; `number_codes` turned round."""
-    codes = np.asarray(codes, dtype=np.int32)
-    return np.where(codes < 0, codes ^ _SIGN, codes).view(np.float32).astype(np.float64)
-
-
 def single(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The nearest single-precision numbers: edges by which codes and values are cut alike."""
     return values.astype(np.float32).astype(np.float64)

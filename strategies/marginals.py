@@ -10,7 +10,6 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import ConfigError
 from ..core.query import Contribution, Query, Rounds
 from ..core.records import BoundedShard
 from ..core.schema import Schema
@@ -26,6 +25,7 @@ from .parts.pairs import denoised_pairs, mended, pooled, within
 from .parts.possible import Possible, possible_groups, that_fit
 from .parts.propagation import merged
 from .parts.rare import compress
+from .parts.settings import check_cells, check_model, check_range, check_shares
 from .parts.tree_model import columns_of, link_of
 from .parts.worthwhile import worthwhile
 
@@ -85,25 +85,10 @@ class Marginals(MarginalStrategy):
 
     def check(self) -> None:
         """Refuse settings that cannot mean anything."""
-        shares = (self.column_share, self.pair_share)
-        if not (min(shares) > 0 and sum(shares) < 1):
-            raise ConfigError(
-                "column_share and pair_share must be above 0 and leave something of 1 for the"
-                f" tables, not {self.column_share!r} and {self.pair_share!r}"
-            )
-        if min(self.pair_cells, self.table_cells) < 2:
-            raise ConfigError(
-                "pair_cells and table_cells must be 2 or more,"
-                f" not {self.pair_cells!r} and {self.table_cells!r}"
-            )
-        if not 0 <= self.refinements <= MAX_REFINEMENTS:
-            raise ConfigError(
-                f"refinements must be 0 to {MAX_REFINEMENTS}, not {self.refinements!r}"
-            )
-        if not 0 < self.max_model_mb <= 4096:
-            raise ConfigError(
-                f"max_model_mb must be above 0 and at most 4096, not {self.max_model_mb!r}"
-            )
+        check_shares("tables", column_share=self.column_share, pair_share=self.pair_share)
+        check_cells(pair_cells=self.pair_cells, table_cells=self.table_cells)
+        check_range(0, MAX_REFINEMENTS, refinements=self.refinements)
+        check_model(self.max_model_mb)
 
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float

@@ -21,6 +21,7 @@ from .parts.forest import best_forest
 from .parts.histograms import Grid, Histograms, Measured, cells_of, total_of
 from .parts.measuring import MarginalStrategy
 from .parts.pairs import denoised_pairs
+from .parts.settings import check_cells, check_shares
 from .parts.tree_model import Link, TreeModel, columns_of, fit
 
 _CLEAR = 4.0  # noise deviations that the mean cell of a coarse table stands above zero
@@ -67,17 +68,8 @@ class Mst(MarginalStrategy):
 
     def check(self) -> None:
         """Refuse settings that cannot mean anything."""
-        shares = (self.column_share, self.select_share)
-        if not (min(shares) > 0 and sum(shares) < 1):
-            raise ConfigError(
-                "column_share and select_share must be above 0 and leave something of 1 for the"
-                f" tree, not {self.column_share!r} and {self.select_share!r}"
-            )
-        if min(self.select_cells, self.pair_cells) < 2:
-            raise ConfigError(
-                "select_cells and pair_cells must be 2 or more,"
-                f" not {self.select_cells!r} and {self.pair_cells!r}"
-            )
+        check_shares("tree", column_share=self.column_share, select_share=self.select_share)
+        check_cells(select_cells=self.select_cells, pair_cells=self.pair_cells)
 
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float

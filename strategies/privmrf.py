@@ -26,6 +26,7 @@ from .parts.measuring import MarginalStrategy
 from .parts.possible import Possible, possible_groups, that_fit
 from .parts.propagation import merged
 from .parts.rare import compress
+from .parts.settings import check_cells, check_model, check_range, check_shares
 from .parts.tree_model import columns_of
 
 Pair = tuple[int, int]
@@ -100,21 +101,21 @@ class PrivMrf(MarginalStrategy):
 
     def check(self) -> None:
         """Refuse settings that cannot mean anything."""
-        shares = (self.column_share, self.graph_share, self.refine_share)
-        if not (min(shares) > 0 and sum(shares) < 1):
-            raise ConfigError(
-                "column_share, graph_share and refine_share must be above 0 and leave something of"
-                f" 1 for the cliques, not {', '.join(map(repr, shares))}"
-            )
-        if not 0 <= self.num_refinements <= 100:
-            raise ConfigError(f"num_refinements must be 0 to 100, not {self.num_refinements!r}")
-        for key in ("select_cells", "max_groups", "clique_size"):
-            if getattr(self, key) < 2:
-                raise ConfigError(f"{key} must be 2 or more, not {getattr(self, key)!r}")
+        check_shares(
+            "cliques",
+            column_share=self.column_share,
+            graph_share=self.graph_share,
+            refine_share=self.refine_share,
+        )
+        check_range(0, 100, num_refinements=self.num_refinements)
+        check_cells(
+            select_cells=self.select_cells,
+            max_groups=self.max_groups,
+            clique_size=self.clique_size,
+        )
         if not 0 < self.theta < math.inf:
             raise ConfigError(f"theta must be a number above 0, not {self.theta!r}")
-        if not 0 < self.max_model_mb <= 1e5:
-            raise ConfigError(f"max_model_mb must lie in (0, 100,000], not {self.max_model_mb!r}")
+        check_model(self.max_model_mb)
 
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float

@@ -23,6 +23,7 @@ from .parts.gum import Target, gum
 from .parts.histograms import Grid, Histograms, Measured, cells_of, margins_of, total_of
 from .parts.measuring import MarginalStrategy
 from .parts.refine import refined
+from .parts.settings import check_cells, check_range, check_shares
 from .parts.targets import ARRAYS, arrays_of, targets_of
 from .parts.tree_model import columns_of
 
@@ -89,18 +90,13 @@ class Privsyn(MarginalStrategy):
 
     def check(self) -> None:
         """Refuse settings that cannot mean anything."""
-        shares = (self.column_share, self.select_share)
-        if not (min(shares) > 0 and sum(shares) < 1):
-            raise ConfigError(
-                "column_share and select_share must be above 0 and leave something of 1 for the"
-                f" marginals, not {self.column_share!r} and {self.select_share!r}"
-            )
-        for key in ("select_cells", "pair_cells", "clique_cells"):
-            if getattr(self, key) < 2:
-                raise ConfigError(f"{key} must be 2 or more, not {getattr(self, key)!r}")
-        for key in ("passes", "refinements"):
-            if not 0 <= getattr(self, key) <= 10_000:
-                raise ConfigError(f"{key} must be 0 to 10,000, not {getattr(self, key)!r}")
+        check_shares("marginals", column_share=self.column_share, select_share=self.select_share)
+        check_cells(
+            select_cells=self.select_cells,
+            pair_cells=self.pair_cells,
+            clique_cells=self.clique_cells,
+        )
+        check_range(0, 10_000, passes=self.passes, refinements=self.refinements)
 
     def learn(
         self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, max_norm: float

@@ -26,6 +26,7 @@ from .parts.histograms import Grid, Histograms, Measured, total_of
 from .parts.measuring import tables_only
 from .parts.relation import Layout, relation_cells, relation_query
 from .parts.rounding import rounded_cells, spread
+from .parts.settings import check_cells, check_model, check_shares
 from .parts.simplex import to_simplex
 
 if TYPE_CHECKING:
@@ -100,24 +101,14 @@ class Relational(Strategy):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
-        shares = (self.column_share, self.select_share)
-        if not (min(shares) > 0 and sum(shares) < 1):
-            raise ConfigError(
-                "column_share and select_share must be above 0 and leave something of 1 for the"
-                f" links, not {self.column_share!r} and {self.select_share!r}"
-            )
+        check_shares("links", column_share=self.column_share, select_share=self.select_share)
         if not 2 <= self.most_records <= _MOST_RECORDS:
             raise ConfigError(
                 f"most_records must be 2 to {_MOST_RECORDS}, not {self.most_records!r}; where users"
                 " have one record there is no relation: take another strategy"
             )
-        if min(self.select_cells, self.pair_cells) < 2:
-            raise ConfigError(
-                "select_cells and pair_cells must be 2 or more,"
-                f" not {self.select_cells!r} and {self.pair_cells!r}"
-            )
-        if not 0 < self.max_model_mb <= 1e5:
-            raise ConfigError(f"max_model_mb must lie in (0, 1e5], not {self.max_model_mb!r}")
+        check_cells(select_cells=self.select_cells, pair_cells=self.pair_cells)
+        check_model(self.max_model_mb)
         if len(set(self.parent)) < len(self.parent):
             raise ConfigError(f"parent names a column twice: {', '.join(self.parent)}")
         _check_names(self.parent_table, self.child_table, self.key)

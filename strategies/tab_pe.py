@@ -21,6 +21,7 @@ from .parts.histograms import Grid, Histograms, Measured, cells_of, norm_clip, t
 from .parts.measuring import MarginalStrategy
 from .parts.refine import refined
 from .parts.rounding import rounded_cells
+from .parts.settings import check_range, check_shares
 from .parts.simplex import pooled_total, to_simplex
 from .parts.tree_model import columns_of
 from .parts.variation import Candidates
@@ -92,18 +93,17 @@ class TabPe(MarginalStrategy):
 
     def check(self) -> None:
         """Refuse settings that no schema could make sense of."""
-        for key in ("num_rounds", "num_votes", "num_candidates"):
-            if not 1 <= getattr(self, key) <= 1_000_000:
-                raise ConfigError(f"{key} must be 1 to 1,000,000, not {getattr(self, key)!r}")
+        check_range(
+            1,
+            1_000_000,
+            num_rounds=self.num_rounds,
+            num_votes=self.num_votes,
+            num_candidates=self.num_candidates,
+        )
         for key in ("mutation_first", "mutation_last"):
             if not 0 < getattr(self, key) <= 1:
                 raise ConfigError(f"{key} must lie in (0, 1], not {getattr(self, key)!r}")
-        shares = (self.class_share, self.column_share)
-        if not (min(shares) > 0 and sum(shares) < 1):
-            raise ConfigError(
-                "class_share and column_share must be above 0 and leave something of 1 for the"
-                f" votes, not {self.class_share!r} and {self.column_share!r}"
-            )
+        check_shares("votes", class_share=self.class_share, column_share=self.column_share)
         if not 0 <= self.least_votes < math.inf:
             raise ConfigError(f"least_votes must be 0 or more, not {self.least_votes!r}")
         if not 0 < self.category_weight <= 10:

@@ -17,6 +17,7 @@ from .graph import Graph
 from .graph_model import GraphModel
 from .histograms import Grid, Histograms, Measured, total_of
 from .possible import possible_groups, that_fit
+from .settings import check_model, check_range
 from .worst import Contest, Workload, expected_error
 
 _CELL_BYTES = 8
@@ -188,16 +189,12 @@ def check_settings(
     Raises:
       ConfigError: One is out of range.
     """
-    if not 1 <= ways <= 3:
-        raise ConfigError(f"ways must be 1, 2 or 3, not {ways!r}")
-    if not 1 <= num_steps <= _MOST_STEPS:
-        raise ConfigError(f"num_steps must be 1 to {_MOST_STEPS}, not {num_steps!r}")
-    if not 1 <= batch <= _MOST_TABLES:
-        raise ConfigError(f"batch must be 1 to {_MOST_TABLES}, not {batch!r}")
+    check_range(1, 3, ways=ways)
+    check_range(1, _MOST_STEPS, num_steps=num_steps)
+    check_range(1, _MOST_TABLES, batch=batch)
     if not 0.1 <= growth <= 10:
         raise ConfigError(f"growth must lie between 0.1 and 10, not {growth!r}")
-    if not 0 < max_model_mb <= 10_000:
-        raise ConfigError(f"max_model_mb must lie in (0, 10000], not {max_model_mb!r}")
+    check_model(max_model_mb)
     for name, share in shares.items():
         if not 0 < share < 1:
             raise ConfigError(f"{name} must lie between 0 and 1, not {share!r}")

@@ -74,10 +74,13 @@ def worthwhile(
         cost: float = noise * ((others + costs[pair]) ** 1.5 - others**1.5)
         return weight * gap > cost
 
+    def fitted(start: GraphModel | None) -> GraphModel:
+        tables = [_measured(pairs, i) for i in chosen]
+        return fit(sizes, [*alone, *tables], total=1.0, start=start, max_steps=_STEPS)
+
     model: GraphModel | None = None
     while waiting:
-        tables = [_measured(pairs, i) for i in chosen]
-        model = fit(sizes, [*alone, *tables], total=1.0, start=model, max_steps=_STEPS)
+        model = fitted(model)
         gaps = _gaps(model, pairs, waiting)
         added = 0
         while added < max(1.0, _GROWTH * len(chosen)):
@@ -102,7 +105,7 @@ def worthwhile(
         if not added:
             break
     more: list[int] = []
-    gaps = _gaps(model, pairs, outside) if model is not None else {}
+    gaps = _gaps(fitted(model), pairs, outside) if outside else {}
     for i in sorted(outside, key=lambda i: -gaps[i]):
         if is_worth(gaps[i], i):
             more.append(i)

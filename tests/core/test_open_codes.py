@@ -7,7 +7,6 @@ from fedsynth.core.open_codes import (
     bytes_of,
     cut_text,
     number_codes,
-    numbers_of,
     single,
     text_of,
     text_words,
@@ -32,9 +31,11 @@ def test_a_code_lies_on_its_numbers_side_of_an_edge(value, edge):
     assert (code >= at) == (value >= edge)
 
 
-@given(st.floats(allow_nan=False, width=32))
-def test_a_number_of_single_precision_is_read_back(value):
-    assert numbers_of(number_codes(np.array([value])))[0] == value
+@given(st.floats(allow_nan=False, width=32), st.floats(allow_nan=False, width=32))
+def test_numbers_of_single_precision_share_a_code_only_if_they_are_equal(one, other):
+    first, second = number_codes(np.array([one, other]))
+
+    assert (first == second) == (one == other)
 
 
 def test_a_missing_number_is_below_all_others():
