@@ -74,7 +74,8 @@ flatter a little.
 SCALING = """## Scaling
 
 `python benchmarks/scaling.py --json FILE`: generated records of known structure, epsilon 1, delta 1e-9; each point is a
-process of its own.
+process of its own. TVD is that of 100,000 synthetic records and as many fresh ones of the same law; beside it that of as many other
+fresh ones, the least there can be.
 """
 
 QUALITY = """## Images
