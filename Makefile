@@ -23,7 +23,7 @@ help:
 	@echo 'make test    install everything and run what CI runs'
 	@echo 'make check   ruff and mypy'
 	@echo 'make proofs  the slow tests: long crash schedules, bit flips, cross-checks'
-	@echo 'make bench   full benchmarks, into build/bench (hours)'
+	@echo 'make bench   full benchmarks, into build/bench and docs (days)'
 	@echo 'make clean   remove .venv and caches'
 
 demo: $(VENV)/.base
@@ -56,6 +56,8 @@ bench: $(VENV)/.dev
 	@mkdir -p build/bench
 	@set -e; for file in $(BENCHMARKS); do \
 	  echo "== $$file"; $(BIN)/python "$$file" --json "build/bench/$$(basename "$$file" .py).json"; done
+	$(BIN)/python docs/record.py build/bench/*.json
+	$(BIN)/python docs/draw.py build/bench/tabular.json
 
 clean:
 	rm -rf $(VENV) .typecheck build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,8 +15,9 @@ Figures of the last full run of every benchmark. Each prints a table, takes `--q
 figure is a peer's. This page is made from those files:
 
 ```sh
-make bench                            # every benchmark in full, into build/bench/*.json
+make bench                            # every benchmark in full, into build/bench/*.json, then
 python docs/record.py build/bench/*.json
+python docs/draw.py build/bench/tabular.json
 ```
 
 Machine: {cores} shared and noisy, one thread a process; compare CPU-seconds and ratios, not clocks. ± is the
@@ -34,6 +35,8 @@ difference from `marginals` is chance: paired t-tests over seeds, Holm's correct
 are those of learning and sampling in a process of its own, imports held but not counted as work; rounds are the
 questions each client is asked, kB up and down what it sends and is sent in all. Peers run under their own interpreters,
 once or as often as n says, on the same codes.
+
+![Error by epsilon, and by CPU-seconds](tables.svg)
 """
 
 SKEW = """## Skewed clients

@@ -2,7 +2,10 @@
 """What benchmarks conclude from their figures, and that a benchmark which was cut goes on."""
 
 import importlib
+import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,3 +95,30 @@ def test_a_run_without_judges_does_not_stand_for_one_with_them(measure):
 
     assert not runs.has(measure.Job("adult", "mst", "epsilon=1", 0, judge=True))
     assert runs.has(measure.Job("adult", "mst", "epsilon=1", 0))
+
+
+def test_figures_become_a_page_and_a_picture(tmp_path):
+    docs = Path(FOLDER).parent / "docs"
+    cases = {
+        "mean-of-2-tables marginals epsilon=1": {"2-way TVD": 0.03},
+        "mean-of-2-tables marginals epsilon=4": {"2-way TVD": 0.02},
+        "adult_coded marginals epsilon=1": {"2-way TVD": 0.029, "CPU-s": 4.8},
+        "adult_coded other_mst epsilon=1": {"2-way TVD": 0.054, "CPU-s": 90.0},
+    }
+    figures = [
+        {"benchmark": "tabular", "case": case, "metric": metric, "mean": value, "std": 0.001,
+         "n": 5, "unit": "", "peer": "other 1.0" if "other" in case else None}
+        for case, found in cases.items() for metric, value in found.items()
+    ]  # fmt: skip
+    path = tmp_path / "tabular.json"
+    path.write_text(json.dumps(figures), encoding="utf-8")
+    for name in ("record.py", "draw.py"):
+        shutil.copy(docs / name, tmp_path)  # each writes beside itself
+        subprocess.run([sys.executable, tmp_path / name, path], check=True, timeout=120)
+
+    page = (tmp_path / "results.md").read_text(encoding="utf-8")
+    picture = (tmp_path / "tables.svg").read_text(encoding="utf-8")
+
+    assert "| `other_mst` (other 1.0) | epsilon=1 | 0.054 ± 0.001 | 90 ± 0.001 | 5 |" in page
+    for word in ("Mean of 2 tables", "marginals", "other_mst", "SWIFT (its figures)"):
+        assert word in picture
