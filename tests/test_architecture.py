@@ -155,7 +155,7 @@ def test_no_file_uses_global_random_state(file: str):
     assert not any(c.startswith("torch.") and c.endswith("manual_seed") for c in calls)
 
 
-@pytest.mark.parametrize("file", ["__init__.py", "fedsynth.py", *FILES])
+@pytest.mark.parametrize("file", ["__init__.py", "__main__.py", "fedsynth.py", *FILES])
 def test_a_file_opens_with_its_licence_and_its_one_idea(file: str):
     text = (ROOT / file).read_text(encoding="utf-8")
 

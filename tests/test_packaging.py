@@ -35,7 +35,7 @@ HEAVY = {
 def modules() -> set[str]:
     """Every module of the package, as a path below it."""
     found = {p.relative_to(ROOT).as_posix() for f in FOLDERS for p in (ROOT / f).rglob("*.py")}
-    return found | {"__init__.py"}
+    return found | {"__init__.py", "__main__.py"}
 
 
 def sources(folder: Path) -> Path:
@@ -43,7 +43,7 @@ def sources(folder: Path) -> Path:
     folder.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "py.typed"):
         shutil.copy(ROOT / name, folder)
-    for name in ("__init__.py", "fedsynth.py"):
+    for name in ("__init__.py", "__main__.py", "fedsynth.py"):
         shutil.copy(ROOT / name, folder)
     for name in (*FOLDERS, "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -153,3 +153,26 @@ def test_importing_it_loads_nothing_heavy(module: str):
     )
 
     assert not set(run.stdout.split()) & HEAVY
+
+
+def test_a_checkout_is_a_command_by_its_name():
+    run = subprocess.run(
+        [sys.executable, "-m", "fedsynth", "--version"], cwd=ROOT, capture_output=True, text=True
+    )
+
+    assert (run.returncode, run.stdout.strip()) == (0, PYPROJECT["project"]["version"])
+
+
+def test_an_installed_package_is_a_command_by_its_name(tmp_path: Path):
+    package = tmp_path / "fedsynth"
+    shutil.copytree(sources(tmp_path / "sources"), package)
+    (package / "fedsynth.py").unlink()
+
+    run = subprocess.run(
+        [sys.executable, "-m", "fedsynth", "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+
+    assert (run.returncode, run.stdout.strip()) == (0, PYPROJECT["project"]["version"])
