@@ -2,25 +2,24 @@
 """Say what a run will cost and what to expect of it, before anything is read or spent."""
 
 import math
-import time
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..client.respond import BLOCK_BYTES
 from ..core import accounting
-from ..core.choice import epsilon_of_choice, score_sensitivity
+from ..core.choice import epsilon_of_choice
 from ..core.config import RunConfig
 from ..core.errors import BudgetExceeded
 from ..core.privacy import NoisePlacement
-from ..core.query import NoisySum, Query, caution_of
-from ..core.wire import told
+from ..core.query import Query, caution_of
 from ..server.planned import Plan, plan_of
 from ..strategies.discovered import Discovered
+from .dry_run import Question, questions_of, stddev_of
 
-_DRY_RUN_S = 5.0  # a method's public half is driven this long at most; later rounds are assumed
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 _BASE_BYTES = 250 << 20  # of a process that has imported what a run needs
 _CHECKPOINTS = 10
 
@@ -33,25 +32,28 @@ TRUST = {
 
 @dataclass(frozen=True)
 class Step:
-    """Equal sums that follow each other in a run.
+    """Rounds of a run that ask the same question, whether or not they follow each other.
 
     Attributes:
       query: Name of the question.
-      num_rounds: How often it is asked in a row.
-      dim: Length of the sum.
-      noise_multiplier: Noise of each sum / its sensitivity.
+      num_rounds: How often it is asked.
+      dim: Length of the longest sum.
+      noise_multiplier: Least noise of a sum / its sensitivity.
+      noise_multiplier_most: Most noise of a sum / its sensitivity.
       sampling_prob: Probability with which each user answers.
-      stddev: Noise of each sum, in its own unit; of a choice, what would cost as much in a score.
+      stddev: Most noise of a sum, in its own unit; of a choice, what would cost as much in a score.
       epsilon_after: Of this run, when the last of them is done.
       bytes_down: Arrays sent to each client in each round.
       bytes_up: Array that each client sends back in each round.
-      expect: What to expect of the signal beside the noise, in words.
+      expect: What to expect of the signal beside the noise, in words; where rounds differ in
+        numbers alone, from the least number to the greatest.
     """
 
     query: str
     num_rounds: int
     dim: int
     noise_multiplier: float
+    noise_multiplier_most: float
     sampling_prob: float
     stddev: float
     epsilon_after: float
@@ -145,7 +147,7 @@ def outlook(config: RunConfig) -> Outlook:
     """What a run will cost, and what to expect of it.
 
     Reads the schema and the ledger; neither the records nor any client. The method's public half
-    is driven with void sums, to learn the size of each question.
+    is driven with made-up sums, to learn the size of each question.
 
     Raises:
       ConfigError: A setting, the method or the budget cannot be.
@@ -155,7 +157,7 @@ def outlook(config: RunConfig) -> Outlook:
     budget = config.run_budget
     unit = config.privacy_unit
     price = accounting.price(plan.event, budget.delta)
-    questions = _questions(plan)
+    questions = questions_of(plan)
     queries = [question.query for question in questions]
     spent, spent_after = _spent(plan)
     per_client = config.engine.kind in ("superlink", "loopback")
@@ -207,7 +209,7 @@ def lines_of(seen: Outlook) -> list[tuple[str, str]]:
             (
                 "" if index else "Costs",
                 f"{rounds} {step.query}: epsilon {step.epsilon_after:.2f} when done,"
-                f" noise multiplier {step.noise_multiplier:.3g}{sampled}",
+                f" noise multiplier {_range(step)}{sampled}",
             )
         )
     if seen.num_rounds > len(seen.steps):
@@ -230,8 +232,8 @@ def lines_of(seen: Outlook) -> list[tuple[str, str]]:
     lines.append(
         (
             "Load",
-            f"at most {_size(down)} down and {_size(up)} up for each of {seen.num_clients} clients"
-            f" in each of {seen.num_rounds} rounds; about {_size(seen.memory_bytes)} of memory"
+            f"about {_size(down)} down and {_size(up)} up at most for each of {seen.num_clients}"
+            f" clients in each of {seen.num_rounds} rounds; about {_size(seen.memory_bytes)} of memory"
             f" {'at each client' if seen.per_client else 'in this process'}",
         )
     )
@@ -243,80 +245,56 @@ def worst_odds(odds: float) -> str:
     return f"{math.ceil(odds * 1000 - 1e-9) / 10:g} %"
 
 
-@dataclass(frozen=True)
-class _Question:
-    """A query without its arrays, and how large those were."""
-
-    query: Query
-    num_bytes: int
-
-
-def _questions(plan: Plan) -> list[_Question]:
-    """The questions of a run, as its public half asks them when every round is void.
-
-    Past the time limit, rounds are taken to be like the last one seen but for their cost.
-    """
-    num_rounds = sum(accounting.leaves(plan.event).values())
-    rounds = plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng)
-    deadline = time.monotonic() + _DRY_RUN_S
-    questions: list[_Question] = []
-    left = Counter(accounting.leaves(plan.event))
-    try:
-        query = next(rounds)
-        while True:
-            told_arrays = [*query.inputs.values(), *told(query.choice).values()]
-            num_bytes = sum(array.nbytes for array in told_arrays)
-            questions.append(_Question(replace(query, inputs={}), num_bytes))
-            left[(query.noise_multiplier, query.sampling_prob)] -= 1
-            if len(questions) == num_rounds or time.monotonic() > deadline:
-                break
-            query = rounds.send(NoisySum.void(query))
-    except StopIteration:
-        return questions
-    rounds.close()
-    last = questions[-1]
-    for (noise, prob), count in sorted(left.items()):
-        unseen = replace(last.query, noise_multiplier=noise, sampling_prob=prob)
-        questions += [replace(last, query=unseen)] * max(0, count)
-    return questions
-
-
-def _steps(plan: Plan, questions: list[_Question]) -> Iterator[Step]:
-    """Rounds that are alike and follow each other, taken together."""
-    leaves: Counter[tuple[float, float]] = Counter()
-
-    def alike(question: _Question) -> tuple[Any, ...]:
-        query = question.query
-        return (query.name, query.dim, query.clip, query.noise_multiplier, query.sampling_prob)
-
-    max_clients = plan.config.unit.max_clients
-    for _, group in groupby(questions, key=alike):
-        same = list(group)
-        query = same[0].query
-        leaves[(query.noise_multiplier, query.sampling_prob)] += len(same)
+def _steps(plan: Plan, questions: list[Question]) -> Iterator[Step]:
+    """Rounds that ask the same question, taken together, in the order of their first."""
+    alike: dict[tuple[str, float], list[int]] = {}
+    for number, question in enumerate(questions):
+        key = (question.query.name, question.query.sampling_prob)
+        alike.setdefault(key, []).append(number)
+    leaves = [(q.query.noise_multiplier, q.query.sampling_prob) for q in questions]
+    for (name, prob), numbers in alike.items():
+        same = [questions[number] for number in numbers]
+        noises = [question.query.noise_multiplier for question in same]
+        stddevs = [stddev_of(plan, question.query) for question in same]
+        done = accounting.event_of(Counter(leaves[: numbers[-1] + 1]))
+        expected = [_expected(plan, q.query, n) for q, n in zip(same, stddevs, strict=True)]
         yield Step(
-            query=query.name,
+            query=name,
             num_rounds=len(same),
-            dim=query.dim,
-            noise_multiplier=query.noise_multiplier,
-            sampling_prob=query.sampling_prob,
-            stddev=_stddev(plan, query, max_clients),
-            epsilon_after=accounting.epsilon_of(
-                accounting.event_of(leaves), plan.config.run_budget.delta
-            ),
+            dim=max(question.query.dim for question in same),
+            noise_multiplier=min(noises),
+            noise_multiplier_most=max(noises),
+            sampling_prob=prob,
+            stddev=max(stddevs),
+            epsilon_after=accounting.epsilon_of(done, plan.config.run_budget.delta),
             bytes_down=max(question.num_bytes for question in same),
-            bytes_up=8 * query.reply_dim,
-            expect=_expected(plan, query, _stddev(plan, query, max_clients)),
+            bytes_up=8 * max(question.query.reply_dim for question in same),
+            expect=_together(expected),
         )
 
 
-def _stddev(plan: Plan, query: Query, max_clients: int) -> float:
-    """Noise of a sum in which every client has its part."""
-    if query.choice is not None:
-        return query.noise_multiplier * score_sensitivity(query) * max_clients
-    local = plan.config.noise.placement is NoisePlacement.LOCAL
-    over = math.sqrt(plan.config.engine.clients) if local else 1.0
-    return query.noise_multiplier * query.clip * max_clients * over
+def _together(told: list[str]) -> str:
+    """What rounds are told to expect, as one text; alike but for numbers: with their ranges."""
+    alike: dict[str, list[list[str]]] = {}
+    for text in told:
+        alike.setdefault(_NUMBER.sub("#", text), []).append(_NUMBER.findall(text))
+    texts = []
+    for frame, rows in alike.items():
+        ranges = iter([_ends(numbers) for numbers in zip(*rows, strict=True)])
+        text = re.sub("#", lambda _: next(ranges), frame)  # noqa: B023 - used at once
+        texts.append(text if len(alike) == 1 else f"in {len(rows)} of {len(told)} rounds {text}")
+    return "; ".join(texts)
+
+
+def _ends(numbers: Sequence[str]) -> str:
+    """The least and the greatest of numbers as they are written, or the one that they are."""
+    ordered = sorted(set(numbers), key=lambda number: float(number.replace(",", "")))
+    return ordered[0] if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
+
+
+def _range(step: Step) -> str:
+    """The noise multipliers of a step."""
+    return _ends([f"{step.noise_multiplier:.3g}", f"{step.noise_multiplier_most:.3g}"])
 
 
 def _expected(plan: Plan, query: Query, stddev: float) -> str:

@@ -15,7 +15,10 @@ from fedsynth.core.config import RunConfig, parse_config
 from fedsynth.core.errors import BudgetExceeded
 from fedsynth.core.query import Contribution, NoisySum, Query, Strategy
 from fedsynth.server.ledger import Ledger
-from fedsynth.simulation.plan import lines_of, outlook
+from fedsynth.server.planned import plan_of
+from fedsynth.simulation.dry_run import made_up
+from fedsynth.simulation.plan import _together, lines_of, outlook
+from fedsynth.strategies.parts.histograms import Grid, Histograms
 
 SCHEMA = """
 [columns.age]
@@ -186,3 +189,79 @@ def test_the_lines_for_a_person_say_it_in_words(tmp_path: Path):
     assert "0.00 of 2.00 on town" in text
     assert "4 rounds of votes" in text
     assert "73.2 %" in text  # e / (1 + e), rounded up
+
+
+def mixed_schema(folder: Path) -> None:
+    """Eight columns of five categories, in place of the two of `SCHEMA`."""
+    columns = (
+        f'[columns.c{i}]\ntype = "category"\ncategories = ["a", "b", "c", "d", "e"]\n'
+        'origin = "public: made up"\n'
+        for i in range(8)
+    )
+    (folder / "schema.toml").write_text("\n".join(columns), encoding="utf-8")
+
+
+def test_a_plan_names_the_rounds_that_a_run_of_the_declared_users_takes(tmp_path: Path):
+    crowd = config_in(
+        tmp_path,
+        strategy={"name": "marginals"},
+        population={"num_users": 20_000, "delta": 1e-6},
+    )
+    few = config_in(
+        tmp_path, strategy={"name": "marginals"}, population={"num_users": 20, "delta": 1e-6}
+    )
+    mixed_schema(tmp_path)
+
+    names = [[(s.query, s.num_rounds) for s in outlook(config).steps] for config in (crowd, few)]
+
+    assert names == [
+        [("columns", 1), ("pairs", 1), ("tables", 1)],
+        [("columns", 2), ("tables", 1)],  # no pair could be seen beside the noise
+    ]
+
+
+def test_rounds_of_one_name_stand_on_one_line_with_the_range_of_their_numbers(tmp_path: Path):
+    config = config_in(
+        tmp_path, strategy={"name": "aim"}, population={"num_users": 20_000, "delta": 1e-6}
+    )
+    mixed_schema(tmp_path)
+
+    seen = outlook(config)
+    lines = [text for _, text in lines_of(seen)]
+
+    assert [step.query for step in seen.steps] == ["columns", "worst", "table"]
+    worst, table = seen.steps[1:]
+    assert worst.noise_multiplier < worst.noise_multiplier_most
+    told = f"multiplier {worst.noise_multiplier:.3g} to {worst.noise_multiplier_most:.3g}"
+    assert sum(told in line for line in lines) == 1
+    assert "each at epsilon 0." in worst.expect
+    assert " to 0." in worst.expect
+    assert len([line for line in lines if line.startswith("table: ")]) == 1
+    assert table.epsilon_after == pytest.approx(seen.epsilon)
+
+
+def test_rounds_that_differ_in_more_than_numbers_say_in_how_many_each_holds():
+    told = ["noise ± 9: usable", "noise ± 1,000: clear", "noise ± 2.5: clear"]
+
+    together = _together(told)
+
+    assert together == (
+        "in 1 of 3 rounds noise ± 9: usable; in 2 of 3 rounds noise ± 2.5 to 1,000: clear"
+    )
+
+
+def test_made_up_sums_count_the_declared_users_in_every_table(tmp_path: Path):
+    plan = plan_of(
+        config_in(
+            tmp_path, strategy={"name": "marginals"}, population={"num_users": 600, "delta": 1e-6}
+        )
+    )
+    grids = (Grid(0, np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 1])), Grid.whole(1, 2))
+    tables = Histograms.balanced([grids, (grids[1],)])
+
+    found = tables.measured(
+        made_up(plan, tables.query("pairs", noise_multiplier=1.0, max_norm=1.0))
+    )
+
+    assert found[0].counts == pytest.approx(np.array([[90, 90], [210, 210]]))
+    assert found[1].counts == pytest.approx(np.array([300, 300]))
