@@ -13,6 +13,7 @@ import io
 import json
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ DATE = (
 _BATCH = 1 << 16  # records in a batch
 _CSV_BLOCK = 1 << 24  # bytes parsed at a time
 _SEEN_LINES = 1000  # records of a text file that `columns_of` looks at
+_NO_COMMAS = "its header has no commas: save it with commas between values"
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,18 @@ def columns_of(path: Path) -> list[SeenColumn]:
         raise ShardError(f"there is no file {path}; check the path of the data")
     match format_of(path):
         case "parquet":
-            schema = _opened_parquet(path).schema_arrow
-            return [SeenColumn(field.name, _seen_type(field.type)) for field in schema]
+            found = _parquet_columns(path)
         case "npz":
-            return _npz_columns(path)
+            found = _npz_columns(path)
         case "csv":
-            return _csv_columns(path)
+            found = _csv_columns(path)
         case _:
-            return _jsonl_columns(path)
+            found = _jsonl_columns(path)
+    names = [column.name for column in found]
+    for name, times in Counter(names).items():
+        if times > 1:
+            find_column(name, names, path.name)
+    return found
 
 
 def batches(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
@@ -145,12 +151,17 @@ def find_column(name: str, columns: Sequence[str], where: str) -> None:
         raise ShardError(f"{where}: two columns are called {name!r}; rename or drop one of them")
     near = difflib.get_close_matches(name, columns, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    if len(columns) == 1 and (";" in columns[0] or "\t" in columns[0]):
-        hint = "; its header has no commas: save it with commas between values."
+    if _is_parted_otherwise(columns):
+        hint = f"; {_NO_COMMAS}."
     raise ShardError(
         f"{where}: there is no column {name!r}{hint} Rename the column in the file, in the schema"
         " or in unit.column, so that all agree"
     )
+
+
+def _is_parted_otherwise(columns: Sequence[str]) -> bool:
+    """Whether a header looks like several, with something else than commas between."""
+    return len(columns) == 1 and (";" in columns[0] or "\t" in columns[0])
 
 
 @contextmanager
@@ -275,6 +286,8 @@ def _csv_batches(path: Path, needed: Sequence[str]) -> Iterator[pa.Table]:
 def _csv_columns(path: Path) -> list[SeenColumn]:
     """`columns_of` a CSV file."""
     header, _ = _csv_header(path)
+    if _is_parted_otherwise(header):
+        raise ShardError(f"{path.name}: {_NO_COMMAS}")
     table = next(_csv_batches(path, header), pa.table({name: [] for name in header}))
     return [
         SeenColumn(name, _parsed_type(table.column(name)[:_SEEN_LINES].to_pylist()))
@@ -364,8 +377,11 @@ def _jsonl_columns(path: Path) -> list[SeenColumn]:
 
 
 def _parsed_type(texts: Sequence[str]) -> Literal["text", "integer", "real", "boolean", "date"]:
-    """What all of a column's texts parse as."""
-    present = pa.array([t.strip() for t in texts if t.strip() not in MISSING], pa.string())
+    """What all of a column's texts parse as; NaN is missing among numbers, so it tells nothing."""
+    stripped = [text.strip() for text in texts]
+    present = pa.array(
+        [t for t in stripped if t not in MISSING and t.lower() != "nan"], pa.string()
+    )
     if len(present) == 0:
         return "text"
     patterns: tuple[tuple[str, Literal["integer", "real", "boolean", "date"]], ...] = (
@@ -390,6 +406,12 @@ def _opened_parquet(path: Path) -> Any:
 
     with reading(path):
         return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+def _parquet_columns(path: Path) -> list[SeenColumn]:
+    """`columns_of` a parquet file, from its footer."""
+    schema = _opened_parquet(path).schema_arrow
+    return [SeenColumn(field.name, _seen_type(field.type)) for field in schema]
 
 
 def _parquet_batches(path: Path, needed: Sequence[str]) -> Iterator[pa.Table]:

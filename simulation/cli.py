@@ -181,6 +181,7 @@ def init(
         epsilon=epsilon,
         folder=out,
     )
+    holes = made.holes  # read back from what is to be written, before any of it is
     paths = {out / "run.toml": made.run_toml, out / "schema.toml": made.schema_toml}
     for path in paths:
         if path.exists() and not force:
@@ -191,7 +192,7 @@ def init(
     if format is Format.JSON:
         from dataclasses import asdict
 
-        _json({"columns": [asdict(c) for c in made.columns], "holes": made.holes})
+        _json({"columns": [asdict(c) for c in made.columns], "holes": holes})
         return
     console = _console()
     _say(console, "Read the header and the types only. Nothing from the rows is stored.")
@@ -201,8 +202,8 @@ def init(
         table.add_row(*map(_clean, facts))
     console.print(table)
     _say(console, f"Wrote {out / 'run.toml'} and {out / 'schema.toml'}.")
-    if made.holes:
-        _say(console, f"{len(made.holes)} places to fill in, marked FILL IN, before the next step.")
+    if holes:
+        _say(console, f"{len(holes)} places to fill in, marked FILL IN, before the next step.")
     _say(console, f"Next: fedsynth plan {out / 'run.toml'}")
 
 

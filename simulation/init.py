@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ..client.files import SeenColumn, columns_of
 from ..core.errors import ConfigError, DataError, SchemaError
+from ..core.privacy import Budget
 from ..core.schema import OPEN
 
 HOLE = "FILL IN"
@@ -111,13 +112,15 @@ def draft(
       folder: Where the draft will lie, which paths in it start from.
 
     Raises:
-      ConfigError: An option names a column that is not there, or that it does not fit.
+      ConfigError: An option names a column that is not there, or that it does not fit; or no
+        budget has that epsilon.
       DataError: The file cannot be read or has no usable column.
 
     Privacy:
       Only names and types of columns are kept; a text file's types are guessed from its first
       records. Whoever passes the draft on declares those names and types public.
     """
+    Budget(epsilon, _delta(None), accept_weak=True)  # whether a weak one is meant, `plan` asks
     bounds, categories = bounds or {}, categories or {}
     columns = [_found(column) for column in columns_of(path)]
     names = [column.name for column in columns]

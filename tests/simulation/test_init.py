@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from fedsynth.core.config import read_config
-from fedsynth.core.errors import ConfigError, DataError, SchemaError
+from fedsynth.core.errors import ConfigError, DataError, SchemaError, ShardError
 from fedsynth.core.schema import Schema
 from fedsynth.simulation.init import Draft, check_filled, draft
 from pyarrow import parquet
@@ -177,6 +177,41 @@ def test_a_file_without_a_usable_column_is_refused(tmp_path: Path):
 
     with pytest.raises(DataError, match="no column to synthesize"):
         draft(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_two_columns_of_one_name_are_refused(name: str, tmp_path: Path):
+    path = tmp_path / name
+    if path.suffix == ".csv":
+        path.write_text("a,a\n1,2\n", encoding="utf-8")
+    else:
+        parquet.write_table(pa.Table.from_arrays([pa.array([1])] * 2, ["a", "a"]), path)
+
+    with pytest.raises(ShardError, match="two columns are called 'a'"):
+        draft(path)
+
+
+@pytest.mark.parametrize("header", ["a;b;c", "a\tb\tc"])
+def test_a_header_without_commas_is_not_one_column(header: str, tmp_path: Path):
+    (tmp_path / "t.csv").write_text(f"{header}\n", encoding="utf-8")
+
+    with pytest.raises(ShardError, match="save it with commas between values"):
+        draft(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("spelled", ["nan", "NaN"])
+def test_numbers_among_which_some_are_nan_are_numbers(spelled: str, tmp_path: Path):
+    (tmp_path / "t.csv").write_text(f"a,b\n1,{spelled}\n{spelled},2.5\n", encoding="utf-8")
+
+    made = draft(tmp_path / "t.csv")
+
+    assert [column.type for column in made.columns] == ["integer", "real"]
+
+
+@pytest.mark.parametrize("epsilon", [-1.0, 0.0, float("nan"), 101.0])
+def test_an_epsilon_that_no_budget_has_is_not_drafted(patients: Path, epsilon: float):
+    with pytest.raises(ConfigError, match="privacy epsilon"):
+        draft(patients, epsilon=epsilon)
 
 
 def test_a_population_never_gets_a_budget_that_needs_consent(patients: Path):
