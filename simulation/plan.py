@@ -233,7 +233,8 @@ def lines_of(seen: Outlook) -> list[tuple[str, str]]:
         (
             "Load",
             f"about {_size(down)} down and {_size(up)} up at most for each of {seen.num_clients}"
-            f" clients in each of {seen.num_rounds} rounds; about {_size(seen.memory_bytes)} of memory"
+            f" clients in each of {seen.num_rounds} rounds;"
+            f" about {_size(seen.memory_bytes)} of memory"
             f" {'at each client' if seen.per_client else 'in this process'}",
         )
     )
