@@ -21,8 +21,10 @@ MAX_CELLS = 1 << 20
 OPEN = "private"
 """What a schema file says in place of categories or bounds that a run has to find."""
 
+OPEN_KINDS: tuple[Kind, ...] = ("category", "integer", "real")
 MAX_OPEN_BINS, MAX_OPEN_BYTES = 256, 64
 _INT64 = 2.0**63
+_MOST_EXACT = 2.0**53  # above it not every whole number is a float
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Column:
                 f"column {self.name!r}: bounds must rise, not {shown}; what has one value only is"
                 " a category"
             )
+        if self.kind == "integer":
+            self._check_whole(low, high)
         if self.num_bins < 1:
             raise SchemaError(f"column {self.name!r}: num_bins must be 1 or more")
         if self.num_cells > MAX_CELLS:
@@ -127,6 +131,19 @@ class Column:
                 )
             if not all(b == math.floor(b) for b in self.bounds):
                 raise SchemaError(f"column {self.name!r}: bounds of a date are whole units")
+
+    def _check_whole(self, low: float, high: float) -> None:
+        """Refuse bounds between which no whole number lies, or none that a float holds exactly."""
+        if math.ceil(low) > math.floor(high):
+            raise SchemaError(
+                f"column {self.name!r}: no whole number lies in bounds {low!r} to {high!r}; move"
+                " them, or declare a real"
+            )
+        if max(abs(low), abs(high)) > _MOST_EXACT:
+            raise SchemaError(
+                f"column {self.name!r}: bounds of an integer must lie within ± 2**53"
+                f" ({_MOST_EXACT:.0f}), not {low:.17g} to {high:.17g}; lower them, or declare a real"
+            )
 
     @property
     def num_cells(self) -> int:
@@ -270,7 +287,7 @@ class Table(Protocol):
 def _check_open(column: Column) -> None:
     """An open column leaves its whole domain to be found, and says how finely."""
     where = f"column {column.name!r}"
-    if column.kind not in ("category", "integer", "real"):
+    if column.kind not in OPEN_KINDS:
         raise SchemaError(
             f"{where}: only a category, an integer or a real can be {OPEN!r}, not {column.kind!r}"
         )

@@ -19,6 +19,7 @@ from .column import MAX_CELLS as MAX_CELLS
 from .column import MAX_OPEN_BINS as MAX_OPEN_BINS
 from .column import MAX_OPEN_BYTES as MAX_OPEN_BYTES
 from .column import OPEN as OPEN
+from .column import OPEN_KINDS as OPEN_KINDS
 from .column import ORIGINS as ORIGINS
 from .column import TRUTH as TRUTH
 from .column import Column as Column
@@ -31,9 +32,14 @@ from .errors import SchemaError
 from .ruleset import Rules
 
 OPEN_BINS, OPEN_BYTES = 32, 32
-_KEYS = {
-    *("type", "origin", "categories", "bounds", "num_bins", "missing", "resolution"),
-    *("cuts", "other", "max_bytes"),
+_SHARED_KEYS = {"type", "origin", "missing"}
+_KEYS: dict[str, set[str]] = {
+    "category": {"categories", "other", "max_bytes"},
+    "ordinal": {"categories", "other"},
+    "boolean": {"categories"},
+    "integer": {"bounds", "num_bins", "cuts"},
+    "real": {"bounds", "num_bins", "cuts"},
+    "date": {"bounds", "num_bins", "cuts", "resolution"},
 }
 
 
@@ -220,31 +226,30 @@ class Schema:
 def _column(name: str, entry: Mapping[str, Any]) -> Column:
     """A table column from its entry in a schema file."""
     where, kind = f"column {name!r}", entry.get("type", "")
+    _check_keys(entry, where)
     if OPEN in (entry.get("categories"), entry.get("bounds")):
         return _open_column(name, entry)
-    _known(entry, _KEYS, where)
+    categories, bounds = entry.get("categories", ()), entry.get("bounds")
+    either = f", or {OPEN!r}," if kind in OPEN_KINDS else ","
+    if not isinstance(categories, list | tuple):
+        raise SchemaError(f"{where}: categories must be a list{either} not {categories!r}")
+    if bounds is not None and (not isinstance(bounds, list | tuple) or len(bounds) != 2):
+        raise SchemaError(f"{where}: bounds must be [low, high]{either} not {bounds!r}")
     if "origin" not in entry and kind != "boolean":
         raise SchemaError(
             f"{where} does not say where its categories or bounds came from:"
             ' add origin = "public: ..." (or policy, measured)'
         )
-    categories, missing = entry.get("categories", ()), entry.get("missing", False)
-    if not isinstance(categories, list | tuple):
-        raise SchemaError(f"{where}: categories must be a list, not {categories!r}")
+    missing = entry.get("missing", False)
     if not isinstance(missing, bool):
         raise SchemaError(f"{where}: missing must be true or false, not {missing!r}")
     resolution: Resolution = "day"
-    bounds = entry.get("bounds")
-    if bounds is not None and (not isinstance(bounds, list | tuple) or len(bounds) != 2):
-        raise SchemaError(f"{where}: bounds must be [low, high], not {bounds!r}")
     if kind == "date" and bounds is not None:
         resolution, bounds = _date_bounds(bounds, entry.get("resolution"), where)
     elif bounds is not None and not all(
         isinstance(b, int | float) and not isinstance(b, bool) for b in bounds
     ):
         raise SchemaError(f"{where}: bounds must be [low, high], two numbers, not {bounds!r}")
-    if "resolution" in entry and kind != "date":
-        raise SchemaError(f"{where}: only a date has a resolution")
     cuts, max_bytes = entry.get("cuts", ()), entry.get("max_bytes", 0)
     if not isinstance(cuts, list | tuple) or not all(isinstance(c, int | float) for c in cuts):
         raise SchemaError(f"{where}: cuts must be a list of numbers, not {cuts!r}")
@@ -272,6 +277,11 @@ def _open_column(name: str, entry: Mapping[str, Any]) -> Column:
         ("categories", "max_bytes", OPEN_BYTES) if category else ("bounds", "num_bins", OPEN_BINS)
     )
     where = f"open column {name!r}"
+    if entry.get("type") not in OPEN_KINDS:
+        raise SchemaError(
+            f"{where}: only a category, an integer or a real can be {OPEN!r}, not"
+            f" {entry.get('type')!r}"
+        )
     _known(entry, {"type", "origin", "missing", domain, size}, where)
     given, missing = entry.get(size, usual), entry.get("missing", False)
     if not isinstance(given, int) or isinstance(given, bool) or not isinstance(missing, bool):
@@ -331,6 +341,24 @@ def _image(name: str, entry: Mapping[str, Any]) -> ImageColumn:
     if len(shape) != 3:
         raise SchemaError(f"image column {name!r}: shape must be [height, width, channels]")
     return ImageColumn(name, (shape[0], shape[1], shape[2]), str(entry.get("origin", "")))
+
+
+def _check_keys(entry: Mapping[str, Any], where: str) -> None:
+    """Refuse keys that no table column has, and those of other types than this column's."""
+    _known(entry, _SHARED_KEYS.union(*_KEYS.values()), where)
+    of_kind = str(entry.get("type"))
+    if foreign := sorted(set(entry) - _SHARED_KEYS - _KEYS.get(of_kind, set(entry))):
+        kinds = [kind for kind, keys in _KEYS.items() if foreign[0] in keys]
+        raise SchemaError(
+            f"{where}: only {_either(kinds)} has {foreign[0]!r}, not {_either([of_kind])}; take it"
+            " out, or change the type"
+        )
+
+
+def _either(kinds: Sequence[str]) -> str:
+    """Types as a sentence names them."""
+    said = [f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}" for kind in kinds]
+    return " or ".join([", ".join(said[:-1]), said[-1]] if said[:-1] else said)
 
 
 def _known(entry: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -68,6 +68,12 @@ def test_the_digest_changes_with_the_order_of_columns():
         ("age", {"bins": 3}, "unknown key 'bins'"),
         ("sex", {"categories": []}, "categories"),
         ("sex", {"categories": ["F", "F"]}, "differ"),
+        ("sex", {"max_bytes": "all"}, "whole number"),
+        ("sex", {"categories": "privat", "origin": None}, "or 'private', not 'privat'"),
+        ("age", {"bounds": "privat", "origin": None}, "or 'private', not 'privat'"),
+        ("age", {"bounds": [0.2, 0.8], "num_bins": 1}, "no whole number lies in bounds 0.2 to 0.8"),
+        ("age", {"bounds": [0, 2**53 + 2]}, r"within ± 2\*\*53 .*, not 0 to 9007199254740994"),
+        ("age", {"bounds": [-1e300, 0]}, "or declare a real"),
         ("pixels", {"shape": [8]}, "height, width, channels"),
         ("pixels", {"shape": [8, 0]}, "height, width, channels"),
     ],
@@ -184,7 +190,6 @@ def test_a_schema_without_what_is_new_has_the_digest_it_had():
         ("visit", {"origin": "policy"}, "unknown key 'origin'"),
         ("hour", {"num_bins": "7"}, "whole number"),
         ("hour", {"cuts": "noon"}, "cuts must be a list of numbers"),
-        ("grade", {"max_bytes": "all"}, "whole number"),
     ],
 )
 def test_a_kind_that_contradicts_itself_is_refused(column, entry, says):
@@ -194,6 +199,48 @@ def test_a_kind_that_contradicts_itself_is_refused(column, entry, says):
 
     with pytest.raises(SchemaError, match=says):
         Schema.from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("column", "entry", "says"),
+    [
+        ("grade", {"bounds": [0, 1]}, "only an integer, a real or a date has 'bounds', not an ord"),
+        ("grade", {"num_bins": 3}, "only an integer, a real or a date has 'num_bins'"),
+        ("grade", {"max_bytes": 8}, "only a category has 'max_bytes', not an ordinal"),
+        ("ill", {"other": "false"}, "only a category or an ordinal has 'other', not a boolean"),
+        ("seen", {"categories": ["early", "late"]}, "has 'categories', not a date"),
+        ("seen", {"other": "late"}, "has 'other', not a date; take it out, or change the type"),
+    ],
+)
+def test_a_key_of_another_type_of_column_is_refused(column, entry, says):
+    data = {"columns": {k: dict(v) for k, v in KINDS["columns"].items()}}
+    data["columns"][column].update(entry)
+
+    with pytest.raises(SchemaError, match=says):
+        Schema.from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"type": "ordinal", "categories": "private"}, "can be 'private', not 'ordinal'"),
+        ({"type": "boolean", "categories": "private"}, "can be 'private', not 'boolean'"),
+        ({"type": "date", "bounds": "private"}, "can be 'private', not 'date'"),
+        ({"type": "integer", "categories": "private"}, "has 'categories', not an integer"),
+        ({"type": "category", "bounds": "private"}, "has 'bounds', not a category"),
+    ],
+)
+def test_what_cannot_be_private_is_told_so_by_its_type(entry, says):
+    with pytest.raises(SchemaError, match=says):
+        Schema.from_json({"columns": {"x": entry}})
+
+
+def test_the_largest_whole_numbers_that_a_float_holds_are_bounds():
+    data = {"type": "integer", "bounds": [-(2**53), 2**53], "origin": "policy"}
+
+    (column,) = Schema.from_json({"columns": {"x": data}}).columns
+
+    assert column.bounds == (-(2.0**53), 2.0**53)
 
 
 @pytest.mark.parametrize("bounds", [[-1e308, 1e308], [1.0, 1.0 + 2**-52], [float("nan"), 1.0]])
