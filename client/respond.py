@@ -2,7 +2,7 @@
 """The one door private data leaves by: check, reserve, clip, sum, add noise, store, reply.
 
 What passes is an integer vector of the length that the query announced, or a fixed code.
-Nothing else that depends on records: no count, loss, norm, timing or text of an error.
+Nothing else that depends on records: no count, loss, norm or text of an error.
 """
 
 import json
@@ -30,6 +30,8 @@ from .site import Site
 
 _log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 26  # dense rows held at a time
+REFUSED = (ConfigError, ValueError, TypeError, KeyError, IndexError)
+"""What a strategy raises for a request that it can answer for nobody."""
 _BLOCK_CELLS = 1 << 20  # cells counted at a time
 
 
@@ -65,7 +67,7 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
         return _refused(ask, ClientCode.POLICY_REFUSED)
     try:
         block_users = users_a_block(strategy, ask.query, shard)
-    except (ConfigError, ValueError, TypeError, KeyError, IndexError) as error:
+    except REFUSED as error:
         _log.error("a request that %s cannot answer for anybody: %s", ask.strategy, error)
         return _refused(ask, ClientCode.MALFORMED)
     refusal = site.odometer.join(ask, cap=site.policy.cap)
@@ -130,9 +132,10 @@ def users_a_block(strategy: Strategy, query: Query, shard: BoundedShard) -> int:
     answer = strategy.answer(query, nobody, np.random.default_rng(0))
     if not isinstance(answer, Contribution):
         raise TypeError("its answer is not a Contribution")
+    clipped_sum(answer, query, num_users=0)
     if answer.indices is None:
         return max(1, BLOCK_BYTES // (8 * query.dim))
-    width = answer.indices.shape[1] if answer.indices.ndim == 2 else 1
+    width = int(answer.indices.shape[1])
     return max(1, _BLOCK_CELLS // max(1, width * shard.max_records))
 
 

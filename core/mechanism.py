@@ -19,6 +19,11 @@ from .randomness import KeyStream, lattice_noise
 
 _RESOLUTION = 22  # the clip is 2^22 to 2^23 lattice units, so that float32 holds each coordinate
 _SLICE = 1 << 18  # values clipped at a time; a slice stays in the processor's cache
+_MISSHAPEN = (
+    "a contribution must hold a row of the query's length for each user of the block, or whole"
+    " numbers of cells in the order of users, with a finite height for each; make it by"
+    " Contribution.rows or Contribution.cells"
+)
 _SHRINK = 1 - 1e-6  # keeps a clipped row inside the bound in spite of float32 rounding
 
 
@@ -53,22 +58,25 @@ def clipped_sum(
     Args:
       contribution: What a strategy handed over for a block of users.
       query: What was asked.
-      num_users: Users in the block; a contribution for any other number counts as zeros.
-        `None`: as many as the contribution says.
+      num_users: Users in the block. `None`: as many as the contribution says.
+
+    Raises:
+      ConfigError: The contribution is for another number of users, or its arrays have shapes or
+        types that no contribution has. It is not taken as zeros: one user's records could be what
+        makes it so, and would void everybody's; a client asks again for fewer users.
 
     Privacy:
       Adding or removing one user of the block changes the result by at most
       `Lattice.of(query).bound` in L2; for a choice, in the L1 norm of every block of it. A user
-      whose vector is not finite or names a cell out of range counts as zeros; a contribution of
-      the wrong shape counts as zeros altogether.
+      whose vector is not finite or names a cell out of range counts as zeros.
     """
     if num_users is not None and contribution.num_users != num_users:
-        return np.zeros(query.dim, dtype=np.int64)
+        raise ConfigError(_MISSHAPEN)
     if contribution.dense is not None:
         return _dense_sum(contribution.dense, contribution.num_users, query)
     if contribution.indices is not None:
         return _cell_sum(contribution, query)
-    return np.zeros(query.dim, dtype=np.int64)
+    raise ConfigError(_MISSHAPEN)
 
 
 def noised(
@@ -101,7 +109,7 @@ def real_sum(
 def _dense_sum(rows: NDArray[Any], num_users: int, query: Query) -> NDArray[np.int64]:
     """`clipped_sum` of dense rows."""
     if rows.ndim != 2 or rows.shape != (num_users, query.dim) or rows.dtype.kind not in "fiu":
-        return np.zeros(query.dim, dtype=np.int64)
+        raise ConfigError(_MISSHAPEN)
     lattice = Lattice.of(query)
     size = max(1, min(num_users, _SLICE // query.dim))
     steps = np.empty((size, query.dim))
@@ -120,18 +128,24 @@ def _dense_sum(rows: NDArray[Any], num_users: int, query: Query) -> NDArray[np.i
 def _to_lattice(rows: NDArray[np.float64], clip: float, lattice: Lattice) -> None:
     """Clip each of `rows`, `(num_users, dim)`, and round it to whole lattice steps, in place."""
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+        norms = np.sqrt(_squares(rows))
         for row in np.flatnonzero(~(norms <= 1e15 * clip)):
             norms[row] = _tame(rows[row], clip)
         scale = np.where(norms > clip, clip * _SHRINK / np.maximum(norms, clip), 1.0)
         rows *= (scale / lattice.unit)[:, None]
         np.rint(rows, out=rows)
-        squared = np.einsum("ij,ij->i", rows, rows)  # of integers: exact while below 2^53
+        squared = _squares(rows)  # of integers: exact while below 2^53
         for row in np.flatnonzero(~(squared <= lattice.bound**2)):
             # rounding took a row that just fitted over the bound: pull it in, towards zero
             np.trunc(rows[row] * (lattice.bound * _SHRINK / np.sqrt(squared[row])), out=rows[row])
             if not float(rows[row] @ rows[row]) <= lattice.bound**2:
                 rows[row] = 0.0
+
+
+def _squares(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Squared norm of each row, the same to the bit however many rows there are."""
+    squares: NDArray[np.float64] = (rows * rows).sum(axis=1)
+    return squares
 
 
 def _tame(row: NDArray[np.float64], clip: float) -> float:
@@ -172,7 +186,6 @@ def _blocks_to_lattice(
 
 def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
     """`clipped_sum` of counted cells; never forms a dense row."""
-    total = np.zeros(query.dim, dtype=np.int64)
     cells, users, weights = contribution.indices, contribution.user_index, contribution.weights
     scales = contribution.scales
     if (
@@ -180,19 +193,22 @@ def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
         or users is None
         or weights is None
         or cells.ndim != 2
+        or cells.dtype != np.int64
         or users.shape != (len(cells),)
         or users.dtype.kind not in "iu"  # a NaN would compare as being in order
         or weights.shape != (cells.shape[1],)
+        or weights.dtype.kind not in "fiu"
         or not np.isfinite(weights).all()
         or (scales is not None and not _fits(scales, cells))
         or (len(users) and not (users[0] >= 0 and users[-1] < contribution.num_users))
         or (users[1:] < users[:-1]).any()  # not a difference: that of unsigned numbers is never < 0
     ):
-        return total
+        raise ConfigError(_MISSHAPEN)
+    total = np.zeros(query.dim, dtype=np.int64)
     lattice = Lattice.of(query)
     blocks = None if query.choice is None else query.choice.starts
     with np.errstate(over="ignore", invalid="ignore"):
-        heights = np.clip(weights / lattice.unit, -(2.0**40), 2.0**40)
+        heights = np.clip(weights.astype(np.float64) / lattice.unit, -(2.0**40), 2.0**40)
     step = max(1, _SLICE // max(1, cells.shape[1]))
     starts = np.flatnonzero(np.diff(users, prepend=-1))  # first record of each user
     first = 0

@@ -8,14 +8,14 @@ what failed, on the smallest input that it tried.
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..client.respond import block_sum
+from ..client.respond import REFUSED, block_sum, users_a_block
 from ..core import accounting
 from ..core.choice import chosen, score_sensitivity
 from ..core.errors import ConfigError
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 _NOISE = 0.7
 _MANY = 10_000
+_HOSTILE = 120  # requests tried for each query
+_RESIZED, _RENAMED = 0.2, 0.1  # share of them with an array of another length, with another name
+_WILD = (np.nan, np.inf, 1e30, -1e30, 1e-30, 0.0, -1.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,10 @@ class _Trial:
         yield "one user moves each sum by at most the clip", self.one_user_is_bounded
         yield "it says beforehand that the server is to choose", self.trust_is_declared
         yield "no user's answer depends on another user's records", self.users_are_apart
+        yield (
+            "no arrays make a user move more, or lean on others",
+            self.hostile_requests_are_bounded,
+        )
         yield "an empty shard and a single user are answered", self.small_shards_work
         yield "the same sums give the same synthesizer", self.replay_is_exact
         yield "half a transcript, replayed, ends where the whole one does", self.half_replays
@@ -227,6 +234,27 @@ class _Trial:
                 raise Broken(
                     f"query {query.name!r}: users answered one by one give another sum than"
                     f" together, by {worst} lattice steps"
+                )
+
+    def hostile_requests_are_bounded(self) -> None:
+        rng = np.random.default_rng(6)
+        users = made_up(self.schema, [1, 3, 1, 2, 1, 4], seed=4)
+        names = [query.name for query in self.queries]
+        for query in (query for query in self.queries for _ in range(_HOSTILE)):
+            request = tampered(query, names, rng)
+            if request is None or self.refuses(request, users):
+                continue
+            alone = [self.sum_of(request, user) for user in users.blocks(1)]
+            longest = max(_length(request, part) for part in alone) / Lattice.of(request).bound
+            if longest > 1 + 1e-12:
+                raise Broken(
+                    f"query {query.name!r}, with arrays that no server should send: a user moves"
+                    f" the sum by {longest:.6f} clips"
+                )
+            if not np.array_equal(self.sum_of(request, users), sum(alone)):
+                raise Broken(
+                    f"query {query.name!r}, with arrays that no server should send: users answered"
+                    " one by one give another sum than together"
                 )
 
     def small_shards_work(self) -> None:
@@ -339,6 +367,14 @@ class _Trial:
         )
         return real_sum(total, stddev=stddev, lattice=lattice, num_clients=1)
 
+    def refuses(self, query: Query, shard: BoundedShard) -> bool:
+        """Whether a client refuses to answer a query for anybody."""
+        try:
+            users_a_block(self.strategy, query, shard)
+        except REFUSED:
+            return True
+        return False
+
     def sum_of(self, query: Query, shard: BoundedShard) -> NDArray[np.int64]:
         """The clipped integer sum over a shard, as a client forms it."""
         return block_sum(self.strategy, query, shard, seed=(5, 1))
@@ -403,6 +439,32 @@ class _Trial:
             raise Broken("the same sums and the same rng give another synthesizer")
         if first.settings() != second.settings():
             raise Broken("the same sums and the same rng give other settings")
+
+
+def tampered(query: Query, names: Sequence[str], rng: np.random.Generator) -> Query | None:
+    """A query with a few numbers of its arrays changed, or their length, or under another name.
+
+    Returns:
+      `None` if what came out is no query at all.
+    """
+    inputs = {name: array.copy() for name, array in query.inputs.items()}
+    for name in rng.choice(list(inputs), 2) if inputs else ():
+        array = inputs[name]
+        if array.ndim and (not array.size or rng.random() < _RESIZED):
+            inputs[name] = array[:-1] if rng.random() < 0.5 else np.concatenate([array, array[:1]])
+            continue
+        places = rng.integers(0, array.size, 3)
+        if array.dtype.kind == "f":
+            array.reshape(-1)[places] = rng.choice(_WILD, 3)
+        else:
+            info = np.iinfo(array.dtype)
+            wild = [-1, 0, 1, 3, 40, info.min, info.max, query.dim - 1, query.dim, -query.dim]
+            array.reshape(-1)[places] = np.array(rng.choice(wild, 3)).astype(array.dtype)
+    renamed = str(rng.choice(names)) if rng.random() < _RENAMED else query.name
+    try:
+        return replace(query, name=renamed, inputs=inputs)
+    except ConfigError:
+        return None
 
 
 def _length(query: Query, moved: NDArray[np.int64]) -> float:

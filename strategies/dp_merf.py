@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -200,7 +201,7 @@ class DpMerf(Strategy):
     def _features(
         self, num_pixels: int, cells: NDArray[np.int64], bins: NDArray[np.int64]
     ) -> Features:
-        """The public features, drawn anew from their seed at each place that needs them.
+        """The public features, drawn from their seed at each place that needs them.
 
         Raises:
           ConfigError: The sizes, which came over a network, are impossible.
@@ -215,13 +216,13 @@ class DpMerf(Strategy):
             or rows * self._width(num_pixels) > MOST_NUMBERS
         ):
             raise ConfigError("the sizes of a record's columns are impossible")
-        return Features.draw(
-            seed=self.feature_seed,
-            num_frequencies=self._width(num_pixels) // 2,
-            bandwidths=self.bandwidths,
-            num_pixels=num_pixels,
-            num_cells=counts[0],
-            num_bins=counts[1],
+        return _drawn(
+            self.feature_seed,
+            self._width(num_pixels) // 2,
+            tuple(self.bandwidths),
+            num_pixels,
+            tuple(counts[0]),
+            tuple(counts[1]),
         )
 
     def _width(self, num_pixels: int) -> int:
@@ -229,6 +230,26 @@ class DpMerf(Strategy):
         if self.num_features is not None:
             return self.num_features
         return _FOR_IMAGES if num_pixels else _FOR_TABLES
+
+
+@lru_cache(maxsize=1)  # a client's blocks ask for the same ones, one after another
+def _drawn(
+    seed: int,
+    num_frequencies: int,
+    bandwidths: tuple[float, ...],
+    num_pixels: int,
+    num_cells: tuple[int, ...],
+    num_bins: tuple[int, ...],
+) -> Features:
+    """`Features.draw`, the last result kept."""
+    return Features.draw(
+        seed=seed,
+        num_frequencies=num_frequencies,
+        bandwidths=bandwidths,
+        num_pixels=num_pixels,
+        num_cells=num_cells,
+        num_bins=num_bins,
+    )
 
 
 def _columns(schema: Schema, label: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

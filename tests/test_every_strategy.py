@@ -60,6 +60,13 @@ def test_a_strategy_keeps_all_it_owes(name, schema):
     assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
 
 
+@pytest.mark.parametrize("settings", [{"max_norm": "auto"}, {"norm_quantile": 0.9}])
+def test_a_clip_that_is_measured_keeps_all_it_owes(settings):
+    findings = check_strategy(build_strategy("mst", settings), small_table())
+
+    assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
+
+
 def test_the_worked_example_keeps_all_it_owes(monkeypatch):
     folder = Path(__file__).parents[1] / "examples" / "own_strategy"
     monkeypatch.syspath_prepend(str(folder))
@@ -144,6 +151,26 @@ def test_records_that_pass_for_users_count_as_zeros():
     findings = {f.name: f for f in check_strategy(twin, schema)}
 
     assert findings["one user moves each sum by at most the clip"].ok
+
+
+class Dropping(Twin):
+    """Leaves out the row of a user who holds the first color, so that no shape fits any more."""
+
+    def answer(self, query, shard, rng):
+        rows = super().answer(query, shard, rng).dense
+        return Contribution(num_users=shard.num_users, dense=rows[rows[:, 0] == 0])
+
+
+def test_a_user_who_makes_a_contribution_misshapen_takes_nobody_else_away():
+    schema = small_table()
+    shard = made_up(schema, [1] * 30, seed=3)
+    query = next(Twin().rounds(schema, 1.0, np.random.default_rng(0)))
+    others = shard.only(shard.records.codes[:, 0] != 0)
+
+    found = respond.block_sum(Dropping(), query, shard, seed=(0, 1))
+
+    assert others.num_users < 30
+    assert np.array_equal(found, clipped_sum(Twin().answer(query, others, None), query))
 
 
 @dataclass(frozen=True)

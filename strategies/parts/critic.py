@@ -119,6 +119,7 @@ def read_critic(query: Query, shard: BoundedShard) -> tuple[Inputs, NDArray[np.f
         and weights.ndim == 2
         and weights.size == query.dim
         and np.isfinite(weights).all()
+        and _sums_exactly(weights, num_pixels)
         and pixels.tolist() == [num_pixels]
         and len(starts) == len(columns) + 1 > 1
         and starts[0] == 0
@@ -133,6 +134,15 @@ def read_critic(query: Query, shard: BoundedShard) -> tuple[Inputs, NDArray[np.f
         num_pixels, columns.astype(np.int64), starts.astype(np.int64), places.astype(np.int64)
     )
     return inputs, weights
+
+
+def _sums_exactly(weights: NDArray[np.float32], num_pixels: int) -> bool:
+    """Whether a hidden unit's sum over any image is exact: below 2^53 steps of the grid.
+
+    An inexact one depends on the order of its terms, and that on how many records there are.
+    """
+    steepest = float(np.abs(weights[:num_pixels]).max(initial=0.0))
+    return bool(steepest * (_USUAL * num_pixels) ** 0.5 < 2.0**53 / _GRID / 2)
 
 
 def push(loss: Loss, scores: NDArray[np.float32]) -> NDArray[np.float32]:

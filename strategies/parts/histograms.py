@@ -216,6 +216,7 @@ def _checked(query: Query, num_columns: int) -> tuple[NDArray[Any], ...]:
     whole = (columns, starts, sizes, groups, members)
     if not (
         all(a.dtype.kind == "i" for a in whole)
+        and heights.dtype == np.float64
         and columns.ndim == starts.ndim == sizes.ndim == groups.ndim == heights.ndim == 1
         and members.ndim == 2
         and members.shape[1] > 0
@@ -224,6 +225,7 @@ def _checked(query: Query, num_columns: int) -> tuple[NDArray[Any], ...]:
         and starts[0] == 0
         and starts[-1] == len(groups)
         and (np.diff(starts) > 0).all()
+        and ((groups >= 0) & (groups < np.repeat(sizes, np.diff(starts)))).all()
         and ((columns >= 0) & (columns < num_columns)).all()
         and ((sizes > 0) & (sizes <= query.dim)).all()
         and ((members >= -1) & (members < len(columns))).all()

@@ -172,7 +172,7 @@ class MarginalStrategy(Strategy):
 
     def answer(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
         """The cell of each user's norm, or the cells of the user's records as `weight` says."""
-        if query.name == NORMS:
+        if self.measures_norms and query.name == NORMS:
             return norm_cells(query, shard)
         counted = self.count(query, shard, rng)
         return counted.user_means() if self.weight == "user" else counted

@@ -147,8 +147,10 @@ class Softmax:
         No longer than the square root of 2.
         """
         basis = contrasts(self.num_classes)
-        known = np.clip(classes, 0, self.num_classes - 1)
-        return np.asarray(basis[known] - self.probabilities(codes) @ basis)
+        found = basis[np.clip(classes, 0, self.num_classes - 1)]
+        for probs, contrast in zip(self.probabilities(codes).T, basis, strict=True):
+            found -= probs[:, None] * contrast  # one class after the other, whatever the batch
+        return found
 
 
 def contrasts(num_classes: int) -> NDArray[np.float64]:

@@ -66,12 +66,63 @@ def test_a_user_whose_norm_overflows_is_clipped_not_dropped():
     "rows",
     [np.ones((2, 5)), np.ones(4), np.ones((2, 4), dtype=object), np.ones((2, 4), dtype=complex)],
 )
-def test_a_misshapen_contribution_counts_as_zeros(rows):
-    assert not clipped_sum(Contribution.rows(rows), query()).any()
+def test_a_misshapen_contribution_is_no_sum_of_zeros(rows):
+    # zeros for all would let the user whose records made it so take everybody else away
+    with pytest.raises(ConfigError, match="a row of the query's length"):
+        clipped_sum(Contribution.rows(rows), query())
 
 
-def test_more_rows_than_users_count_as_zeros():
-    assert not clipped_sum(Contribution.rows(np.ones((3, 4))), query(), num_users=2).any()
+def test_more_rows_than_users_are_refused():
+    with pytest.raises(ConfigError, match="a row of the query's length"):
+        clipped_sum(Contribution.rows(np.ones((3, 4))), query(), num_users=2)
+
+
+def test_a_contribution_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="a row of the query's length"):
+        clipped_sum(Contribution(num_users=2), query())
+
+
+@pytest.mark.parametrize(
+    ("indices", "weights"),
+    [
+        (np.array([[0, 1]]), np.array([1000 + 1000j, 1000 + 1000j])),  # 1,414 clips, once
+        (np.array([[True, True]]), np.ones(2)),  # a mask to numpy, not two cells
+        (np.array([[0.0, 1.0]]), np.ones(2)),
+        (np.array([[0, 1]], dtype=np.uint64), np.ones(2)),
+        (np.array([[0, 1]]), np.ones(3)),
+        (np.array([[0, 1]]), np.array([1.0, np.nan])),
+    ],
+)
+def test_cells_and_heights_of_other_types_are_refused(indices, weights):
+    odd = Contribution(1, None, indices, np.zeros(1, dtype=np.int64), weights)
+
+    with pytest.raises(ConfigError, match="whole numbers of cells"):
+        clipped_sum(odd, query(4, 1.0, cells=True))
+
+
+def test_heights_of_single_precision_are_squared_in_double():
+    cells, user = np.arange(1 << 17, dtype=np.int64)[None], np.zeros(1, dtype=np.int64)
+    for step in range(4097, 8192, 271):  # in float32 a sum of many squares comes out too small
+        heights = np.full(cells.size, step / 4096, dtype=np.float32)
+        q = query(cells.size, float(np.sqrt(heights @ heights)) * (1 + 1e-9), cells=True)
+
+        total = clipped_sum(Contribution.cells(cells, user, num_users=1, weights=heights), q)
+
+        assert norm(total, q) <= q.clip
+
+
+@pytest.mark.parametrize("dim", [4, 9_000, 20_000, 100_000])
+def test_a_row_at_the_edge_of_the_clip_is_the_same_alone_and_beside_others(dim):
+    rng = np.random.default_rng(dim)
+    q = query(dim, 1.0)
+    for _ in range(5):
+        row = rng.normal(size=dim)
+        row *= (1 + rng.normal() * 1e-16) / np.linalg.norm(row)
+        beside = np.stack([row, np.zeros(dim), np.zeros(dim)])
+
+        alone = clipped_sum(Contribution.rows(row[None]), q)
+
+        assert np.array_equal(alone, clipped_sum(Contribution.rows(beside), q))
 
 
 def test_small_vectors_pass_unchanged_to_the_lattice_step():
@@ -141,32 +192,28 @@ def test_a_cell_out_of_range_voids_its_user_only():
 @pytest.mark.parametrize(
     "users", [np.array([1, 0]), np.array([0, 2]), np.array([-1, 0]), np.array([0])]
 )
-def test_user_indices_that_cannot_be_count_as_zeros(users):
+def test_user_indices_that_cannot_be_are_refused(users):
     q = query(4, 1.0, cells=True)
 
-    total = clipped_sum(Contribution.cells(np.array([[0], [1]]), users, num_users=2), q)
-
-    assert not total.any()
+    with pytest.raises(ConfigError, match="order of users"):
+        clipped_sum(Contribution.cells(np.array([[0], [1]]), users, num_users=2), q)
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int8", "uint8", "uint32", "uint64", "float64"])
-def test_a_user_whose_records_lie_apart_moves_nothing_whatever_the_type_of_the_index(dtype):
-    users = np.array([0, 1, 0], dtype=dtype)
+def test_a_user_whose_records_lie_apart_is_refused_whatever_the_type_of_the_index(dtype):
+    users = np.array([0, 1, 0], dtype=dtype)  # counted as two, user 0 would be clipped twice
     q = query(4, 1.0, cells=True)
 
-    total = clipped_sum(Contribution.cells(np.array([[0], [1], [0]]), users, num_users=2), q)
-
-    assert norm(total[:1], q) <= 1.0  # user 0 alone lights this cell
-    assert not total.any()
+    with pytest.raises(ConfigError, match="order of users"):
+        clipped_sum(Contribution.cells(np.array([[0], [1], [0]]), users, num_users=2), q)
 
 
-def test_user_indices_that_are_no_numbers_count_as_zeros():
+def test_user_indices_that_are_no_numbers_are_refused():
     users = np.array([0, np.nan, 0])
     q = query(4, 1.0, cells=True)
 
-    total = clipped_sum(Contribution.cells(np.array([[0], [1], [0]]), users, num_users=1), q)
-
-    assert not total.any()
+    with pytest.raises(ConfigError, match="order of users"):
+        clipped_sum(Contribution.cells(np.array([[0], [1], [0]]), users, num_users=1), q)
 
 
 @pytest.mark.parametrize("exponent", [-99, -3, 0, 1, 20, 99])
@@ -290,13 +337,12 @@ def test_a_scale_that_is_not_finite_voids_its_user_only(value):
 @pytest.mark.parametrize(
     "scales", [np.ones(3), np.ones((2, 2)), np.ones((1, 2)), np.array(1.0), np.ones((2, 1, 1))]
 )
-def test_misshapen_scales_count_as_zeros(scales):
+def test_misshapen_scales_are_refused(scales):
     q = query(4, 1.0, cells=True)
     cells = np.array([[0], [1]])
 
-    total = clipped_sum(Contribution.cells(cells, np.arange(2), num_users=2, scales=scales), q)
-
-    assert not total.any()
+    with pytest.raises(ConfigError, match="a finite height for each"):
+        clipped_sum(Contribution.cells(cells, np.arange(2), num_users=2, scales=scales), q)
 
 
 def test_scales_of_one_change_no_bit():

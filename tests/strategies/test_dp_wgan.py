@@ -332,6 +332,25 @@ def test_a_request_whose_arrays_contradict_each_other_is_refused(change):
         strategy.answer(replace(query, inputs={**query.inputs, **change}), shard, RNG)
 
 
+@pytest.mark.parametrize("width", [4, 64])
+def test_pixel_weights_whose_sums_would_hang_on_the_batch_are_refused(width):
+    schema = small_images()
+    strategy, shard = DpWgan(**SHORT, num_critic=width), made_up(schema, [1] * 40, seed=1)
+    query = critic_query(strategy, schema)
+    weights = query.inputs["weights"].copy()
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], weights[:64].shape)
+
+    def asked(scale):
+        weights[:64] = signs * scale
+        forged = replace(query, inputs={**query.inputs, "weights": weights})
+        return lambda users: clipped_sum(strategy.answer(forged, users, RNG), forged)
+
+    with pytest.raises(ConfigError, match="arrays"):
+        asked(1e30)(shard)
+    answer = asked(1e5)  # the largest that is let pass is summed exactly, in any block
+    assert np.array_equal(answer(shard), sum(answer(user) for user in shard.blocks(1)))
+
+
 # What must never be: each twin is `dp_wgan` with one known mistake, and the checks find it.
 
 

@@ -109,6 +109,20 @@ def test_the_answer_is_the_derivative_of_the_log_likelihood():
         assert found[row, column] == pytest.approx(slope / 2e-5, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.parametrize("num_classes", [3, 10, 32])
+def test_a_residual_is_the_same_to_the_bit_in_any_batch(num_classes):
+    rng = np.random.default_rng(num_classes)
+    lookup = Lookup.of(Grid.each([6, 7, 8]))
+    model = Softmax(lookup, rng.standard_normal((lookup.num_rows, num_classes - 1)))
+    codes = np.stack([rng.integers(0, cells, 200) for cells in (6, 7, 8)], 1).astype(np.int32)
+    classes = rng.integers(0, num_classes, 200)
+
+    every = model.residuals(codes, classes)
+
+    for size in range(1, 40):
+        assert np.array_equal(model.residuals(codes[:size], classes[:size]), every[:size])
+
+
 def test_a_user_of_many_records_adds_their_mean():
     strategy = DpdSyn(features="independent", clip_share=10.0)
     query = classifier_query(strategy, which=1)

@@ -52,6 +52,9 @@ def test_histograms_of_any_number_of_columns_are_exact_counts_without_noise():
         ("grid_columns", lambda a: a + 4),
         ("grid_starts", lambda a: a[::-1].copy()),
         ("heights", lambda a: a[1:]),
+        ("heights", lambda a: a.astype(np.float32)),
+        ("grid_groups", lambda a: np.where(np.arange(len(a)) == 1, 10**9, a).astype(a.dtype)),
+        ("grid_groups", lambda a: a - 1),
     ],
 )
 def test_arrays_that_contradict_each_other_are_refused_before_a_record_is_seen(name, change):

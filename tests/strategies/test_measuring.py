@@ -3,9 +3,11 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from fedsynth.client.respond import REFUSED
 from fedsynth.core import accounting
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.mechanism import Lattice, clipped_sum
@@ -52,6 +54,26 @@ def histogram(counts, stddev=1.0):
     vector = np.zeros(len(NORM_EDGES))
     vector[list(counts)] = list(counts.values())
     return NoisySum(vector, stddev, 1)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_norms_are_told_only_where_they_are_measured(name):
+    query = norm_query(norm_tables(TWO, 2), noise_multiplier=1.0)
+    shard, rng = shard_of([[(0, 1)]]), np.random.default_rng(0)
+
+    assert build_strategy(name, {"max_norm": "auto"}).answer(query, shard, rng).num_users == 1
+    with pytest.raises(REFUSED):
+        build_strategy(name, {}).answer(query, shard, rng)
+
+
+def test_no_groups_let_a_users_norm_count_for_another_user():
+    query = norm_query(norm_tables(TWO, 2), noise_multiplier=1.0)
+    groups = query.inputs["grid_groups"].copy()
+    groups[1] = 10**9
+    hostile = replace(query, inputs={**query.inputs, "grid_groups": groups})
+
+    with pytest.raises(ConfigError, match="contradict"):
+        norm_cells(hostile, shard_of([[(0, 1)], [(1, 1)]]))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
