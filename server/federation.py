@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.aggregator import Aggregator, Sum
-from ..core.errors import AnswersLost, ClientCode, ConfigError, QuorumError
+from ..core.errors import (
+    AnswersLost,
+    ClientCode,
+    ConfigError,
+    FedsynthError,
+    PolicyRefusal,
+    QuorumError,
+    SchemaError,
+    SecurityRefusal,
+)
 from ..core.failpoints import at
 from ..core.privacy import NoisePlacement
 from ..core.wire import (
@@ -48,6 +57,13 @@ ADVICE = {
     ClientCode.HEAD_REWOUND: "it has seen a later state of this ledger: was it rolled back?",
     ClientCode.STRATEGY_UNKNOWN: "the strategy is not installed there",
     ClientCode.INTERNAL: "it failed; its own log says why",
+}
+
+# What a client does not take back when it is asked again, and what it means if all say so.
+_FINAL: dict[ClientCode, type[FedsynthError]] = {
+    ClientCode.HEAD_REWOUND: SecurityRefusal,
+    ClientCode.POLICY_REFUSED: PolicyRefusal,
+    ClientCode.SCHEMA_MISMATCH: SchemaError,
 }
 
 
@@ -125,6 +141,9 @@ class Federation:
         Raises:
           QuorumError: Fewer than `quorum` clients gave a valid sum; none of them was used.
           AnswersLost: So many lost theirs for good that asking again is in vain.
+          SecurityRefusal: All clients have seen a later state of the ledger.
+          PolicyRefusal: All refuse, and no owner's policy allows the run.
+          SchemaError: All refuse, and hold another schema.
         """
         from flwr.app import Message
 
@@ -142,8 +161,7 @@ class Federation:
         sums, codes = _accepted(replies, ask, set(nodes))
         at("after-collect")
         if len(sums) < self.quorum:
-            gone = codes[_described(ClientCode.ANSWER_GONE)]
-            kind = AnswersLost if len(nodes) - gone < self.quorum else QuorumError
+            kind = _kind(codes, len(nodes), self.quorum)
             raise kind(_explained(ask, len(sums), self.quorum, len(nodes), codes))
         at("before-sum")
         total = self.aggregator.combine([sums[node] for node in sorted(sums)])
@@ -204,6 +222,15 @@ def _accepted(
             sums[node] = reply.total
             sites.add(reply.site)
     return sums, codes
+
+
+def _kind(codes: Counter[str], asked: int, quorum: int) -> type[FedsynthError]:
+    """What a round without a sum is: whether asking again may help, and else why not."""
+    final = {code: count for code in _FINAL if (count := codes[_described(code)])}
+    if final and sum(final.values()) == sum(codes.values()) == asked:
+        return _FINAL[next(iter(final))]
+    gone = codes[_described(ClientCode.ANSWER_GONE)]
+    return AnswersLost if asked - gone < quorum else QuorumError
 
 
 def _described(code: ClientCode) -> str:

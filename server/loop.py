@@ -57,6 +57,9 @@ def learn(
 
     Raises:
       QuorumError: A round found too few clients. It stays reserved and can be resumed.
+      SecurityRefusal: All clients refuse, for the ledger was rolled back; as before.
+      PolicyRefusal: All refuse by their owners' policies; as before.
+      SchemaError: All refuse, for their schema is another; as before.
       PrivacyRefusal: A query was not in the plan; nothing was asked.
       ConfigError: A query asks the server to choose, which the run does not trust with sums.
     """
@@ -153,6 +156,11 @@ def _measure(
             break
         except AnswersLost:
             raise
+        except SecurityRefusal as error:
+            raise SecurityRefusal(
+                f"{error}\nrestore {ledger.path} from its copy, or, in a simulation whose budget"
+                " may start anew, name another ledger"
+            ) from error
         except QuorumError as error:
             if not left:
                 raise

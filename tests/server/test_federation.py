@@ -8,7 +8,15 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from fedsynth.core.aggregator import Aggregator, Sum
-from fedsynth.core.errors import ClientCode, ConfigError, QuorumError
+from fedsynth.core.errors import (
+    ClientCode,
+    ConfigError,
+    FedsynthError,
+    PolicyRefusal,
+    QuorumError,
+    SchemaError,
+    SecurityRefusal,
+)
 from fedsynth.core.privacy import NoisePlacement
 from fedsynth.core.query import Query
 from fedsynth.core.wire import Ask, Reply, ask_from_records, reply_to_records
@@ -143,6 +151,29 @@ def test_a_refusal_says_what_to_do_and_shows_no_value():
 
     assert "compare the two digests" in str(refusal.value)
     assert "a client that breaks" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (ClientCode.HEAD_REWOUND, SecurityRefusal),
+        (ClientCode.POLICY_REFUSED, PolicyRefusal),
+        (ClientCode.SCHEMA_MISMATCH, SchemaError),
+    ],
+)
+def test_what_all_refuse_for_good_is_no_missed_quorum(code: ClientCode, kind: type[FedsynthError]):
+    refuses = says(code=code, total=None)
+
+    with pytest.raises(kind, match=f"2 x {code.name}"):
+        federation(refuses, refuses).ask(ASK)
+
+
+@pytest.mark.parametrize("other", [ok, raises, says(code=ClientCode.INTERNAL, total=None)])
+def test_what_some_refuse_for_good_is_a_missed_quorum(other: Answer):
+    refuses = says(code=ClientCode.HEAD_REWOUND, total=None)
+
+    with pytest.raises(QuorumError):
+        federation(refuses, other).ask(ASK)
 
 
 class Doubled(LocalGrid):

@@ -260,6 +260,21 @@ def test_a_missed_quorum_forms_no_sum_and_can_be_resumed(described, tmp_path):
     assert spent(tmp_path) == accounting.leaves(plan.event)
 
 
+def test_a_ledger_that_was_rolled_back_is_asked_for_once_and_stays_charged(
+    described, tmp_path, caplog
+):
+    run(config_of(described, tmp_path))
+    for file in tmp_path.glob("ledger.db*"):
+        file.unlink()
+    plan = plan_of(config_of(described, tmp_path))
+
+    with pytest.raises(SecurityRefusal, match=r"4 x HEAD_REWOUND(?s:.*)restore \S+ledger\.db"):
+        run_local(plan, stream=OsKeyStream())
+
+    assert "asking again" not in caplog.text
+    assert spent(tmp_path) == accounting.leaves(plan.event)
+
+
 def test_a_reply_of_another_shape_is_not_used(described, tmp_path, monkeypatch):
     from fedsynth.client import app as client_app
 
