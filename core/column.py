@@ -142,7 +142,7 @@ class Column:
         if max(abs(low), abs(high)) > _MOST_EXACT:
             raise SchemaError(
                 f"column {self.name!r}: bounds of an integer must lie within ± 2**53"
-                f" ({_MOST_EXACT:.0f}), not {low:.17g} to {high:.17g}; lower them, or declare a real"
+                f" ({_MOST_EXACT:.0f}), not {low:.17g} to {high:.17g}; move them, or declare a real"
             )
 
     @property

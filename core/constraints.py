@@ -114,7 +114,7 @@ class Values:
           SchemaError: A value has no cell of its own, or an end of the range divides a bin.
         """
         if self.missing and not column.missing and not self.others:
-            raise SchemaError(f"{where}: nothing is missing there, the column says")
+            raise _never_missing(column, where)
         mask = np.zeros(column.num_cells, dtype=np.bool_)
         present = mask[: column.num_cells - column.missing]
         if self.is_range:
@@ -147,6 +147,16 @@ class Values:
             raise SchemaError(
                 f"{where}: an end of the range {self} divides the bin from {low} to {high}; put it"
                 " at an edge of the bins, or choose bounds and num_bins so that an edge falls on it"
+            )
+        if not inside.any():
+            ends = column.bounds or (least[0], greatest[-1])
+            low, high = (
+                column.categories[int(end)] if column.is_categorical else column.spelled(end)
+                for end in ends
+            )
+            raise SchemaError(
+                f"{where}: no value of {column.name!r} lies there; its"
+                f" {'categories' if column.is_categorical else 'bounds'} are {low} to {high}"
             )
         return inside
 
@@ -285,7 +295,7 @@ class Dependency(Constraint):
             raise SchemaError(f"{where}: a column cannot determine itself")
         left, right = schema.columns[source], schema.columns[target]
         if self.missing and not right.missing:
-            raise SchemaError(f"{where}: nothing is missing in {right.name!r}, the column says")
+            raise _never_missing(right, where)
         of_cell = np.full(left.num_cells, -1)
         cells = cells_by_text(left, [key for key, _ in self.table], where)
         of_cell[cells] = cells_by_text(right, [value for _, value in self.table], where)
@@ -390,6 +400,14 @@ def _snapped(column: Column, value: float) -> float:
     near = float(column.edges[np.abs(column.edges - value).argmin()])
     width = float(np.diff(column.edges).min())
     return near if abs(near - value) < 1e-9 * width else value
+
+
+def _never_missing(column: Column, where: str) -> SchemaError:
+    """The refusal of a constraint on missing values of a column that has none."""
+    return SchemaError(
+        f"{where}: column {column.name!r} has no missing = true; take missing out of the"
+        " constraint or add it to the column"
+    )
 
 
 def _texts(data: Any, where: str) -> tuple[str, ...]:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .column import Table
+from .column import Column, Table
 from .constraints import Constraint
 from .errors import SchemaError
 from .orders import Order
-from .rules import Codes, Rule
+from .rules import Codes, Lookup, Rule
 
 _ZEROS_CELLS = 1 << 20  # most cells of a mask for an estimator
 _SEARCH_ROWS = 1 << 20  # records looked at in one step of the search for a possible one
@@ -64,6 +64,7 @@ class Rules:
           SchemaError: A constraint does not fit the schema, or no record can keep all of them.
         """
         single = tuple(constraint.compiled(schema) for constraint in constraints)
+        _check_tables(schema, constraints, single)
         orders = [rule for rule in single if isinstance(rule, Order)]
         rules = [rule for rule in single if not isinstance(rule, Order)]
         for together in _together([order.columns for order in orders]):
@@ -73,7 +74,12 @@ class Rules:
         for together in _together([rule.columns for rule in rules]):
             chosen = tuple(rules[i] for i in together)
             columns = tuple(sorted({c for rule in chosen for c in rule.columns}))
-            witness = _witness(schema, columns, chosen)
+            said = [
+                str(constraint)
+                for constraint, rule in zip(constraints, single, strict=True)
+                if set(rule.columns) <= set(columns)
+            ]
+            witness = _witness(schema, columns, chosen, said)
             parts.append(Part(columns, chosen, witness))
         return Rules(single, tuple(parts), schema.shape)
 
@@ -131,8 +137,51 @@ def _together(groups: Sequence[Sequence[Any]]) -> list[list[int]]:
     return [places for _, places in found]
 
 
-def _witness(schema: Table, columns: tuple[int, ...], rules: Sequence[Rule]) -> NDArray[np.int32]:
+def _check_tables(schema: Table, constraints: Sequence[Constraint], rules: Sequence[Rule]) -> None:
+    """Refuse two tables that give one value of a column two values of another.
+
+    No record could have that value, which whoever wrote the tables did not say.
+
+    Raises:
+      SchemaError: There are two such tables.
+    """
+    known: dict[tuple[int, int], list[Lookup]] = {}
+    for constraint, rule in zip(constraints, rules, strict=True):
+        if not isinstance(rule, Lookup):
+            continue
+        for other in known.setdefault((rule.source, rule.target), []):
+            both = (rule.of_cell >= 0) & (other.of_cell >= 0)
+            if len(cells := np.flatnonzero(both & (rule.of_cell != other.of_cell))):
+                source, target = schema.columns[rule.source], schema.columns[rule.target]
+                value = _value_of(source, int(cells[0]))
+                one, two = (
+                    _value_of(target, int(table.of_cell[cells[0]])) for table in (other, rule)
+                )
+                raise SchemaError(
+                    f"constraint {str(constraint)!r}: another table gives {source.name!r} ="
+                    f" {value} the {target.name!r} {one}, this one {two}, so that no record could"
+                    " have it; correct one of the two, or leave the value out of it"
+                )
+        known[rule.source, rule.target].append(rule)
+
+
+def _value_of(column: Column, cell: int) -> str:
+    """The one value of a cell that stands for no other, as a message shows it."""
+    if column.is_categorical:
+        return repr(column.categories[cell])
+    return column.spelled(float(column.ends[0][cell]))
+
+
+def _witness(
+    schema: Table, columns: tuple[int, ...], rules: Sequence[Rule], said: Sequence[str]
+) -> NDArray[np.int32]:
     """Cells of some columns that keep all rules, found column by column.
+
+    Args:
+      schema: Says how many cells each column has.
+      columns: Positions of the columns.
+      rules: What must hold of them.
+      said: The constraints that the rules came from, in words.
 
     Raises:
       SchemaError: There are none, or none was found among those that could be looked at.
@@ -159,5 +208,12 @@ def _witness(schema: Table, columns: tuple[int, ...], rules: Sequence[Rule]) -> 
         if not len(rows):
             names = ", ".join(schema.names[c] for c in columns)
             why = "no record can keep" if whole else "no record was found that keeps"
-            raise SchemaError(f"{why} all constraints on {names}; they contradict each other")
+            facts = "; ".join(map(repr, said))
+            if len(said) == 1:
+                raise SchemaError(
+                    f"{why} the constraint {facts}; it leaves no combination of {names} possible"
+                )
+            raise SchemaError(
+                f"{why} all constraints on {names}; they contradict each other: {facts}"
+            )
     return np.array(rows[0, np.argsort(order)], dtype=np.int32)
