@@ -4,9 +4,9 @@
 Records are generated with a known structure, a binary tree in which each column depends on one
 other, a few thousand users at a time, so that memory is the method's own; the CPU-seconds of
 generating them are taken off. TVD is that of synthetic records and fresh ones of the same law,
-beside that of as many other fresh ones: the least there can be. Each point is a process of its own,
-at epsilon 1. The large run is a whole one, with ledger, odometers, ten clients and a release, over
-a table held in memory.
+beside that of as many other fresh ones, which lies above where synthetic records are drawn with
+less chance. Each point is a process of its own, at epsilon 1. The large run is a whole one, with
+ledger, odometers, ten clients and a release, over a table held in memory.
 
     python benchmarks/scaling.py --json scaling.json            about ten minutes
     python benchmarks/scaling.py --quick                        a minute

@@ -78,7 +78,7 @@ SCALING = """## Scaling
 
 `python benchmarks/scaling.py --json FILE`: generated records of known structure, epsilon 1, delta 1e-9; each point is a
 process of its own. TVD is that of 100,000 synthetic records and as many fresh ones of the same law; beside it that of as many other
-fresh ones, the least there can be.
+fresh ones. Synthetic records are drawn with less chance than those, so they can lie closer.
 """
 
 QUALITY = """## Images
