@@ -157,9 +157,9 @@ class Coder:
         """Cell of each category by its looser spellings, without those that two share."""
         found = {"0": 0, "1": 1} if self.column.kind == "boolean" else {}
         for category, cell in self._cells.items():
-            spelling = unicodedata.normalize("NFC", category)
-            if spelling.lower() in ("true", "false"):
-                spelling = spelling.lower()
+            # one that a run found stands as it was cut: the end of `3.05` may be lost
+            cut = self.column.max_bytes > 0
+            spelling = unicodedata.normalize("NFC", category) if cut else _spelling(category)
             found[spelling] = -1 if spelling in found else cell
         return found
 

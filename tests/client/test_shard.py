@@ -9,6 +9,7 @@ import json
 import math
 import traceback
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,9 @@ SPELLINGS = {
     "truth as a schema in Python has it": ([True], ("True",)),
     "truth in capitals": (["TRUE"], ("true",)),
     "floats": ([0.5], ("0.5",)),
+    "floats of a schema that lists floats": ([2.0, 2.0], ("2.0", "1.0")),
+    "whole numbers of a schema that lists floats": ([2], ("2.0", "1.0")),
+    "texts of a schema that lists floats": (["2", "2.00"], ("2.0", "1.0")),
     "32-bit floats": (pa.array([0.1], pa.float32()), ("0.1",)),
     "decimals": ([decimal.Decimal("0.5")], ("0.5",)),
 }
@@ -205,7 +209,7 @@ SPELLINGS = {
 def test_a_category_is_found_by_what_other_formats_make_of_it(case: str):
     values, categories = SPELLINGS[case]
 
-    assert codes_of(pa.array(values), category("x", *categories)) == [0]
+    assert codes_of(pa.array(values), category("x", *categories)) == [0] * len(values)
 
 
 def test_spellings_that_the_schema_tells_apart_stay_apart():
@@ -214,6 +218,19 @@ def test_spellings_that_the_schema_tells_apart_stay_apart():
     values = ["\u00e9", "e\u0301", "true", "True", "3", "3.0"]
 
     assert codes_of(pa.array(values), twins) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_spelling_that_two_categories_share_is_neither():
+    column = category("x", "1.0", "1.00", missing=True)
+
+    assert codes_of(pa.array(["1.0", "1.00", "1", "1.000"]), column) == [0, 1, 2, 2]
+    assert codes_of(pa.array([1.0]), column) == [2]
+
+
+def test_a_value_that_a_run_has_cut_is_not_taken_for_a_whole_number():
+    found = replace(category("x", "3.0", "(other)"), max_bytes=3, other="(other)")
+
+    assert codes_of(pa.array(["3.05", "3"]), found) == [0, 1]
 
 
 @pytest.mark.parametrize("value", ["a.", "abc.0", "trueish", "1.0.0", " a"])
