@@ -176,7 +176,7 @@ def _named(figure: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """The data set that a case is named for, if any, and what else it is called."""
     table, _, rest = figure["case"].partition(" ")
     method, _, level = rest.partition(" ")
-    if level not in _LEVELS:
+    if level not in _LEVELS or "," in table:
         return "", (figure["case"],)
     peer = f" ({figure['peer']})" if figure.get("peer") else ""
     return table, (f"`{method}`{peer}", level)
