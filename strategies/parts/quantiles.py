@@ -14,7 +14,8 @@ BRANCHING = 8
 TAIL = 4.0  # noise deviations of a node's count that the values beyond a bound may weigh
 _CLEAR = 5.0  # deviations that the number of users must stand above zero to say anything
 _EVEN = 0.25  # share of a finer grid's cells that is dealt out whatever the coarse one found
-_LOWEST, _HIGHEST, _STEPS = -20, 40, 8  # the coarse grid: powers of two, and cells between two
+_LOWEST, _STEPS = -20, 8  # the coarse grid: its least power of two, and cells between two powers
+_HIGHEST, _HIGHEST_WHOLE = 126, 52  # its last: as single precision and whole doubles allow
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,14 @@ class CountTree:
 def coarse_edges(*, whole: bool) -> NDArray[np.float64]:
     """Edges of the coarse public grid that any number falls on, the two outer ones included.
 
-    Eight cells between each power of two and the next, from about a millionth to 1e12, of both
-    signs, and one at either side of zero. A bound found on it is right to an eighth.
+    Eight cells between each power of two and the next, of both signs, from about a millionth to
+    1.6e38 (whole numbers: to 8.4e15), and one at either side of zero. A bound found on it is right
+    to an eighth; a number beyond it counts in its last cell.
 
     Args:
       whole: For whole numbers: edges at halves, and none between two of them.
     """
-    powers = np.arange(0 if whole else _LOWEST, _HIGHEST + 1)
+    powers = np.arange(0, _HIGHEST_WHOLE + 1) if whole else np.arange(_LOWEST, _HIGHEST + 1)
     sizes = np.outer(2.0**powers, 1 + np.arange(_STEPS) / _STEPS).ravel()
     if whole:
         sizes = np.unique(np.floor(sizes)) - 0.5

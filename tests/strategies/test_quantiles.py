@@ -76,11 +76,30 @@ def test_the_coarse_grid_holds_any_number():
     edges = coarse_edges(whole=False)
 
     assert (np.diff(edges) > 0).all()
-    assert edges[0] < -1e12
-    assert edges[-1] > 1e12
+    assert edges[0] < -1e38
+    assert edges[-1] > 1e38
     assert 0.0 in edges
     beside = edges[np.abs(edges) >= 1]
     assert (np.diff(beside[beside > 0]) / beside[beside > 0][:-1]).max() <= 1 / 8
+
+
+def test_the_coarse_grid_tells_microseconds_of_this_century_apart():
+    years = np.array(["2001", "2026", "2090"], "datetime64[us]").astype(np.int64)
+
+    for whole in (True, False):
+        edges = coarse_edges(whole=whole)
+        cells = np.searchsorted(edges, years.astype(float))
+
+        assert len(set(cells.tolist())) == 3
+        assert cells.max() < len(edges) - 1
+        assert CountTree(len(edges) - 1).num_levels == 4
+
+
+def test_the_bounds_of_whole_numbers_are_exact_as_doubles():
+    edges = coarse_edges(whole=True)
+
+    assert edges[0] > -(2.0**53)
+    assert edges[-1] < 2.0**53
 
 
 def test_edges_for_whole_numbers_stand_at_halves():
