@@ -6,12 +6,32 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import ConfigError
 from .privacy import Budget, NoisePlacement, PrivacyUnit, Relation
+
+
+def _number(value: Any) -> Any:
+    """A value as it came; a text or a truth value is none, though it could be read as a number."""
+    if isinstance(value, bool | str):
+        raise ValueError("expected a number, as in 1 or 0.5, without quotes")
+    return value
+
+
+Real = Annotated[float, BeforeValidator(_number)]
+Whole = Annotated[int, BeforeValidator(_number)]
 
 
 class Section(BaseModel):
@@ -31,10 +51,10 @@ class PopulationSection(Section):
     """Whose records these are; the budget belongs to them, whatever run asks."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
-    num_users: int = Field(ge=1)  # a public lower bound on the number of users
-    epsilon: float  # the most that all runs together may ever spend
-    delta: float
-    accept_weak: bool = False
+    num_users: Whole = Field(ge=1)  # a public lower bound on the number of users
+    epsilon: Real  # the most that all runs together may ever spend
+    delta: Real
+    accept_weak: StrictBool = False
 
     @property
     def cap(self) -> Budget:
@@ -53,18 +73,18 @@ class UnitSection(Section):
     """The privacy unit; see `PrivacyUnit`."""
 
     column: str | None = None
-    max_records: int = 1
+    max_records: Whole = 1
     keep: Literal["random", "first", "deduplicate"] = "random"
     relation: Relation = Relation.ADD_OR_REMOVE
-    max_clients: int = 1
+    max_clients: Whole = 1
 
 
 class BudgetSection(Section):
     """What this run may spend; `delta` is the population's unless given."""
 
-    epsilon: float
-    delta: float | None = None
-    accept_weak: bool = False
+    epsilon: Real
+    delta: Real | None = None
+    accept_weak: StrictBool = False
 
 
 class StrategySection(BaseModel):
@@ -91,10 +111,10 @@ class EngineSection(Section):
     """What carries the messages."""
 
     kind: Literal["local", "ray", "loopback", "superlink"] = "local"
-    clients: int = Field(default=10, ge=1, le=100_000)
-    min_clients: int | None = Field(default=None, ge=1)  # None: all of `clients`
-    timeout_s: float = Field(default=600.0, gt=0)
-    wire: bool = False  # local: send every message through its serialized form
+    clients: Whole = Field(default=10, ge=1, le=100_000)
+    min_clients: Whole | None = Field(default=None, ge=1)  # None: all of `clients`
+    timeout_s: Real = Field(default=600.0, gt=0)
+    wire: StrictBool = False  # local: send every message through its serialized form
     connection: str = "superlink"  # superlink: its name in Flower's configuration
 
     @property
@@ -115,7 +135,7 @@ class ReleaseSection(Section):
     """Where the release goes and how many records it holds."""
 
     path: Path = Path("releases")
-    num_records: int = Field(default=10_000, ge=1, le=100_000_000)
+    num_records: Whole = Field(default=10_000, ge=1, le=100_000_000)
 
 
 class RunConfig(Section):
@@ -134,7 +154,7 @@ class RunConfig(Section):
     engine: EngineSection = EngineSection()
     release: ReleaseSection = ReleaseSection()
     ledger: Path = Path("ledger.db")
-    seed: int = Field(default=0, ge=0, lt=1 << 62)
+    seed: Whole = Field(default=0, ge=0, lt=1 << 62)
     base: Path = Field(default=Path("."), exclude=True)
 
     @field_validator("base")
