@@ -244,8 +244,8 @@ class Ledger:
                 raise BudgetExceeded(
                     f"run {run!r} would bring epsilon of population {population!r} to"
                     f" {after:.6g}, above the budget of {cap.epsilon:.6g} (delta={cap.delta:g});"
-                    f" {before:.6g} is spent or committed already. Nothing was asked. Lower the"
-                    " number of rounds or raise noise_multiplier."
+                    f" {before:.6g} is spent or committed already. Nothing was asked. Lower"
+                    " budget.epsilon, or raise population.epsilon if the people it belongs to agree"
                 )
             self._chain.append("open", population, run, data={"plan": plan, "facts": facts})
         self._chain.checkpoint()  # the plan, on which spending rests, is in both files from here on

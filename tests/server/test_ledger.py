@@ -83,7 +83,7 @@ def ledger(path: Path) -> Iterator[Ledger]:
 
 
 def test_a_run_over_budget_writes_nothing_and_says_that_nothing_was_asked(ledger):
-    with pytest.raises(BudgetExceeded, match=r"Nothing was asked.*raise noise_multiplier"):
+    with pytest.raises(BudgetExceeded, match=r"Nothing was asked.*Lower budget\.epsilon"):
         opened(ledger, noise=0.5)
 
     assert ledger.head() == (0, GENESIS)
