@@ -163,8 +163,11 @@ class PrivateEvolution(Strategy):
         pool = model.propose(_blank(schema, label, self.num_candidates), rng)
         weights = np.full(len(pool), 1 / len(pool))
         lineage: list[NDArray[np.int64]] = []
+        num_drowned = 0
         for number in range(self.num_rounds):
-            fitness = self._fitness((yield self._ballot(schema, label, pool, noises[-1])))
+            noisy = yield self._ballot(schema, label, pool, noises[-1])
+            fitness = self._fitness(noisy)
+            num_drowned += fitness is None and not noisy.is_void
             weights = weights if fitness is None else fitness
             if number == self.num_rounds - 1:
                 break
@@ -178,6 +181,12 @@ class PrivateEvolution(Strategy):
             lineage.append(parents)
             weights = weights[parents] / np.bincount(parents, minlength=len(weights))[parents]
             weights /= weights.sum()
+        if num_drowned:
+            _log.warning(
+                "in %d of %d rounds votes could not be told from noise, and the pool stayed as it"
+                " was; set num_candidates below %d",
+                *(num_drowned, self.num_rounds, len(pool)),
+            )
         return Pool(
             schema=schema,
             candidates=pool,
@@ -261,8 +270,6 @@ class PrivateEvolution(Strategy):
         else:
             total = pooled_total([(noisy.vector, noisy.stddev)])
             shares = to_simplex(noisy.vector, total) / total if total > 0 else None
-        if shares is None:
-            _log.warning("votes cannot be told from noise; the pool stays. Use fewer candidates")
         return shares
 
     def _parents(

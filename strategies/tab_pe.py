@@ -131,6 +131,7 @@ class TabPe(MarginalStrategy):
         clip = norm_clip(np.ones(self.num_votes), max_norm)
         codes = self._first_pool(probs, label, self._pool_size(total, noises[-1] * clip), rng)
         weights = np.full(len(codes), 1 / len(codes))
+        num_drowned = 0
         for number in range(self.num_rounds):
             pool = Candidates(codes)
             noisy = yield ballot(
@@ -138,11 +139,18 @@ class TabPe(MarginalStrategy):
             )
             shares = _shares(noisy)
             if shares is None:  # nothing was learned: the same pool is asked about again
+                num_drowned += not noisy.is_void
                 continue
             weights = shares
             if number < self.num_rounds - 1:
                 rate = self._rate(number)
                 codes, weights = _next_pool(codes, shares, probs, bins, label, rate, rng)
+        if num_drowned:
+            _log.warning(
+                "in %d of %d rounds votes could not be told from noise, and the pool stayed as it"
+                " was; set num_candidates below %d",
+                *(num_drowned, self.num_rounds, len(codes)),
+            )
         return Evolved(schema, codes, weights, probs)
 
     def count(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
@@ -225,10 +233,7 @@ class TabPe(MarginalStrategy):
 def _shares(noisy: NoisySum) -> NDArray[np.float64] | None:
     """Each candidate's share of the votes; `None` where the noise leaves nothing to see."""
     total = 0.0 if noisy.is_void else pooled_total([(noisy.vector, noisy.stddev)])
-    if not total > 0:
-        _log.warning("votes cannot be told from noise; the pool stays. Use fewer candidates")
-        return None
-    return to_simplex(noisy.vector, total) / total
+    return to_simplex(noisy.vector, total) / total if total > 0 else None
 
 
 def _next_pool(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Private Evolution: its pool moves towards the records, and no user moves its votes too far."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 from fedsynth.core import accounting
@@ -551,3 +553,19 @@ def test_drawn_digits_look_like_their_digit():
     test = rendered(digit_sketches(asked, rng(1)), (16, 16, 1)).reshape(300, -1)
 
     assert KNeighborsClassifier(3).fit(train, drawn).score(test, asked) > 0.85
+
+
+def test_votes_that_drown_are_said_once_a_run_with_the_setting_that_helps(caplog):
+    strategy = PrivateEvolution(num_rounds=3, num_candidates=40)
+    rounds = strategy.rounds(PLANE, 1.0, np.random.default_rng(0))
+    query = next(rounds)
+
+    with suppress(StopIteration):
+        for number in range(9):
+            drowned = NoisySum(np.full(query.answer_dim, -1.0), 1e6, 1)
+            query = rounds.send(NoisySum.void(query) if number == 3 else drowned)
+
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert "of 3 rounds votes could not be told from noise" in told[0]
+    assert "set num_candidates below" in told[0]

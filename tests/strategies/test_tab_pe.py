@@ -2,6 +2,7 @@
 """Tab-PE: parities that no small marginal shows, classes under privacy, and mutation by rule."""
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -381,3 +382,19 @@ def test_a_saved_pool_that_was_spoiled_is_refused(key, value):
 
     with pytest.raises(ConfigError):
         Evolved.restore(LABELLED, {}, tensors)
+
+
+def test_votes_that_drown_are_said_once_a_run_with_the_setting_that_helps(caplog):
+    strategy = TabPe(num_rounds=3, num_candidates=40)
+    rounds = strategy.rounds(parity_schema(2, 1), 1.0, np.random.default_rng(0))
+    query = next(rounds)
+
+    with suppress(StopIteration):
+        for number in range(9):
+            drowned = NoisySum(np.full(query.answer_dim, -1.0), 1e6, 1)
+            query = rounds.send(NoisySum.void(query) if number == 3 else drowned)
+
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert "of 3 rounds votes could not be told from noise" in told[0]
+    assert "set num_candidates below" in told[0]
