@@ -86,6 +86,19 @@ class Coder:
             raise _no_cell(where, "is missing")
         return absent, text_words(spelled, self.column.max_bytes)[entries]
 
+    def num_empty(self, values: pa.ChunkedArray, rows: NDArray[np.intp]) -> int:
+        """How many of the values in some rows, all read before, are null, NaN or empty texts."""
+        _, array = self._prepared(values, "")
+        chosen = array.take(pa.array(rows))
+        if pa.types.is_dictionary(chosen.type):
+            chosen = chosen.dictionary_decode()
+        empty = chosen.is_null(nan_is_null=True)
+        if not _is_text(chosen.type):
+            return int(pc.sum(empty).as_py())
+        texts = pc.utf8_lower(pc.utf8_trim_whitespace(chosen.cast(pa.large_string())))
+        listed = pc.is_in(texts, pa.array([*MISSING, "nan"], type=texts.type))
+        return int(pc.sum(pc.or_(empty, listed)).as_py())
+
     def _prepared(self, values: pa.ChunkedArray, where: str) -> tuple[str, pa.Array]:
         """The column's place in messages, and its values as one array."""
         array = values.combine_chunks()
@@ -282,15 +295,8 @@ def _parsed(texts: pa.Array) -> pa.Array:
 
 def _checked_text(values: pa.Array, where: str, expected: str) -> pa.Array:
     """Values as text, once they are text."""
-    kind, types = values.type, pa.types
-    if not (
-        types.is_string(kind)
-        or types.is_large_string(kind)
-        or types.is_binary(kind)
-        or types.is_large_binary(kind)
-        or kind == pa.string_view()
-    ):
-        raise ShardError(f"{where}: expected {expected}, found {kind}; convert the column")
+    if not _is_text(values.type):
+        raise ShardError(f"{where}: expected {expected}, found {values.type}; convert the column")
     try:
         texts = values.cast(pa.large_string())
         texts.validate(full=True)
@@ -299,6 +305,18 @@ def _checked_text(values: pa.Array, where: str, expected: str) -> pa.Array:
     if pc.any(pc.match_substring(texts, "\0")).as_py():
         raise ShardError(f"{where}: text holds a NUL character; remove it where the file is made")
     return texts
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether values are text, or bytes that may be."""
+    types = pa.types
+    return bool(
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or kind == pa.string_view()
+    )
 
 
 def _no_cell(where: str, what: str) -> ShardError:

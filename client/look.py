@@ -16,6 +16,7 @@ from ..core.schema import Schema
 from .bounding import bound
 from .policy import Policy
 from .shard import read_shard
+from .unread import Unread
 
 _ENDINGS = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet", ".npz")
 
@@ -32,6 +33,8 @@ class Look:
       max_records: Most records of one user that would be used.
       num_kept: Records left when no user has more than that.
       missing: Share of records that fall into a column's last cell: missing, or not listed.
+      unread: What of a column's values, where some are not what the schema says: they count as
+        missing.
       broken: Share of records that break a constraint of the schema, by the constraint. They count
         as they are.
       policy: Keys and values of the policy.
@@ -45,6 +48,7 @@ class Look:
     max_records: int
     num_kept: int
     missing: dict[str, float]
+    unread: tuple[Unread, ...]
     broken: dict[str, float]
     policy: dict[str, Any]
     refuses: tuple[str, ...]
@@ -59,6 +63,10 @@ class Look:
             ("Missing", ", ".join(gaps) or "nothing, and every category is listed"),
             ("Schema", f"digest {self.schema_digest}; the server's must be the same"),
         ]
+        for unread in self.unread:
+            lines.append(("No cell", str(unread)))
+            if unread.is_whole:
+                lines.append(("", "a simulation refuses this; mend the file or the schema"))
         against = [f"{share:.1%} not: {fact}" for fact, share in self.broken.items() if share]
         if self.broken:
             lines.append(("Constraints", "; ".join(against) or "kept by every record"))
@@ -85,6 +93,7 @@ class Look:
             "max_records": self.max_records,
             "num_kept": self.num_kept,
             "missing": self.missing,
+            "unread": {unread.column.name: unread.share for unread in self.unread},
             "broken": self.broken,
             "policy": self.policy,
             "refuses": list(self.refuses),
@@ -141,6 +150,7 @@ def look(
         max_records=unit.max_records,
         num_kept=len(bounded.records),
         missing=missing,
+        unread=tuple(unread for unread in shard.unread if unread.num_unread),
         broken=broken,
         policy=terms.model_dump(mode="json"),
         refuses=tuple(refuses),

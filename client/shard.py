@@ -7,6 +7,8 @@ expected and what to do.
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from .files import (
     find_column,
     format_of,
 )
+from .unread import Unread, unread_in
 
 __all__ = ["Partition", "SeenColumn", "Shard", "columns_of", "encode", "read_shard"]
 
@@ -43,10 +46,12 @@ class Shard:
       records: Encoded records, in file order.
       user_ids: Canonical user id of each record, `(num_records,)`; a record's position in its
         file where the unit is a record.
+      unread: What of each column has no cell and so counts as missing, for the owner alone.
     """
 
     records: Records
     user_ids: NDArray[np.str_]
+    unread: tuple[Unread, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.user_ids) != len(self.records):
@@ -173,6 +178,7 @@ def _encode(
         images = None if images is None else images[keep]
     codes = np.empty((len(user_ids), schema.num_codes), dtype=np.int32)
     word = len(schema.columns)
+    unread: list[Unread] = []
     for i, coder in enumerate(coders):
         values = table.column(coder.column.name)
         if num_words := coder.column.num_words:
@@ -180,7 +186,9 @@ def _encode(
             word += num_words
         else:
             codes[:, i] = coder.codes(values, where)
-    return Shard(Records(codes, images if schema.image is not None else None), user_ids)
+            unread.append(unread_in(coder, values, codes[:, i]))
+    records = Records(codes, images if schema.image is not None else None)
+    return Shard(records, user_ids, tuple(unread))
 
 
 def _joined(parts: list[Shard], schema: Schema) -> Shard:
@@ -195,6 +203,7 @@ def _joined(parts: list[Shard], schema: Schema) -> Shard:
     return Shard(
         Records(np.concatenate([part.records.codes for part in parts])),
         np.concatenate([part.user_ids for part in parts]),
+        tuple(reduce(add, batches) for batches in zip(*(p.unread for p in parts), strict=True)),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..client.unread import Unread
 from ..core.accounting import largest_odds
 from ..core.card import Card
 from ..core.config import RunConfig
@@ -30,6 +31,8 @@ class Finished:
       population: How much of the population's budget is spent.
       quality: Exact distance to the real records, where they are at hand; site only.
       by_column: Total variation distance of each column, the largest first; site only.
+      unread: What of a column's real values has no cell, where some have none; site only. The
+        distances take such values for missing ones.
     """
 
     folder: Path
@@ -37,6 +40,7 @@ class Finished:
     population: Population
     quality: Quality | None
     by_column: dict[str, float]
+    unread: tuple[Unread, ...] = ()
 
     @property
     def lines(self) -> list[tuple[str, str]]:
@@ -89,6 +93,7 @@ class Finished:
             else {
                 "total_variation": self.quality.total_variation,
                 "total_variation_by_column": self.by_column,
+                "unread_by_column": {u.column.name: u.share for u in self.unread},
             },
         }
 
@@ -97,21 +102,24 @@ def finished(folder: Path, config: RunConfig) -> Finished:
     """What there is to say of a run whose release lies in `folder`.
 
     Privacy:
-      Where the engine is a simulation, `quality` and `by_column` are exact functions of private
-      records. They stay with whoever runs the simulation and so holds those records.
+      Where the engine is a simulation, `quality`, `by_column` and `unread` are exact functions of
+      private records. They stay with whoever runs the simulation and so holds those records.
     """
     release = Release.open(folder)
     with Ledger(config.path(config.ledger)) as ledger:
         name = config.population.name
         population = next(p for p in ledger.populations() if p.name == name)
     quality, by_column = None, {}
+    unread: tuple[Unread, ...] = ()
     schema = release.synthesizer.schema
     if config.engine.kind != "superlink" and config.data.path is not None and schema.columns:
-        real = population_of(config, schema).records
+        shard = population_of(config, schema)
+        real = shard.records
+        unread = tuple(column for column in shard.unread if column.num_unread)
         synthetic = release.synthesizer.sample(
             release.card.num_records, sample_rng(release.card.seed)
         )
         if len(real):
             quality = quality_of(real, synthetic, schema, orders=(1, 2))
             by_column = column_variation(real, synthetic, schema)
-    return Finished(folder, release.card, population, quality, by_column)
+    return Finished(folder, release.card, population, quality, by_column, unread)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..client.policy import Policy
 from ..client.shard import Shard, encode, read_shard
 from ..client.site import Site, simulated, simulated_site, simulation_state
+from ..client.unread import check_read
 from ..core.config import RunConfig, parse_config
 from ..core.errors import ConfigError
 from ..core.privacy import Budget, NoisePlacement, PrivacyUnit
@@ -50,6 +51,8 @@ def run(
     if (config is None) == (resume is None):
         raise ConfigError("give a configuration or a run to resume, one of the two")
     plan = plan_of(config) if config is not None else unfinished(Path(resume or ""))
+    if plan.config.engine.kind in ("ray", "loopback"):  # their clients see a part each
+        check_read(population_of(plan.config, plan.schema).unread)
     match plan.config.engine.kind:
         case "local":
             return run_local(plan, stream=OsKeyStream(), on_event=on_event)
@@ -91,6 +94,7 @@ def run_local(
     config = plan.config
     num_clients = config.engine.clients
     shard = population_of(config, plan.schema) if data is None else data
+    check_read(shard.unread)
     parts = bounded_partitions(
         shard, config.privacy_unit, num_clients=num_clients, seed=config.seed
     )

@@ -40,6 +40,31 @@ def test_an_owner_sees_which_constraints_the_records_break(tmp_path: Path):
     assert seen.to_json()["broken"] == seen.broken
 
 
+def test_an_owner_sees_which_columns_hold_values_of_another_form(tmp_path: Path):
+    (tmp_path / "stays.csv").write_text(RECORDS)
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+
+    seen = look(tmp_path / "stays.csv", schema=tmp_path / "schema.json", user="who")
+
+    assert seen.to_json()["unread"] == {"left": 1 / 3}  # of the three that are there
+    assert dict(seen.lines)["No cell"] == (
+        "column 'left': 33.33% of the values count as missing, being not a date like 2024-12-31"
+        " or 2024-12-31T08:30"
+    )
+
+
+def test_an_owner_sees_that_a_whole_column_would_be_lost(tmp_path: Path):
+    (tmp_path / "stays.csv").write_text(
+        "who,came,left,ill\na,2024-01-05,07/01/2024,true\nb,2024-01-05,,true\n"
+    )
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+
+    seen = look(tmp_path / "stays.csv", schema=tmp_path / "schema.json", user="who")
+
+    assert "column 'left': every value counts as missing" in dict(seen.lines)["No cell"]
+    assert "a simulation refuses this" in dict(seen.lines)[""]
+
+
 def test_without_constraints_an_owner_reads_nothing_of_them(tmp_path: Path):
     (tmp_path / "stays.csv").write_text(RECORDS)
     plain = {"columns": SCHEMA["columns"]}

@@ -269,6 +269,18 @@ def test_run_prints_quality_promise_and_place(finished: Path, tmp_path: Path):
         assert said in result.stdout
 
 
+def test_run_says_on_site_which_values_it_could_not_read(fedsynth: Command, tmp_path: Path):
+    draft_run(tmp_path)
+    patients = tmp_path / "patients.csv"
+    patients.write_text(patients.read_text().replace(",A\n", ",Ward A\n"))
+
+    result = in_process(tmp_path, "run", "run.toml")
+
+    assert result.returncode == 0, result.stderr
+    said = r"Site only: column 'ward': 3\d\.\d\d% of the values count as missing, being not one of"
+    assert re.search(said, result.stdout)
+
+
 def test_run_for_programs_prints_one_object(fedsynth: Command, tmp_path: Path):
     draft_run(tmp_path)
 

@@ -15,6 +15,7 @@ from fedsynth.core.errors import (
     FedsynthError,
     Interrupted,
     QuorumError,
+    SchemaError,
     SecurityRefusal,
 )
 from fedsynth.core.mechanism import Lattice
@@ -22,6 +23,7 @@ from fedsynth.core.query import Query
 from fedsynth.core.randomness import OsKeyStream
 from fedsynth.server.ledger import Ledger
 from fedsynth.server.planned import plan_of, start, unfinished
+from fedsynth.simulation.finished import finished
 from fedsynth.simulation.run import run, run_local
 from flwr.app import ArrayRecord, Message
 
@@ -324,8 +326,39 @@ def test_ctrl_c_saves_and_resume_ends_in_the_same_synthesizer(described, tmp_pat
 def test_a_finished_run_is_not_resumed(described, tmp_path):
     folder = run(config_of(described, tmp_path))
 
-    with pytest.raises(ConfigError, match="nothing to resume"):
-        run(resume=folder)
+    for name in (folder, f"{folder}.unfinished", f"{folder}.unfinished/run.json"):
+        with pytest.raises(ConfigError, match=f"finished already: {folder};"):
+            run(resume=Path(name))
+
+
+def test_an_unfinished_run_is_no_release_yet_and_says_how_to_go_on(described, tmp_path):
+    folder = start(plan_of(config_of(described, tmp_path)))
+
+    for path in (folder, folder.with_suffix("")):
+        with pytest.raises(ConfigError, match=f"is not a release: .* run --resume {folder}$"):
+            verify(path)
+        with pytest.raises(ConfigError, match=f"is not a release: .* run --resume {folder}$"):
+            fs.Release.open(path)
+
+
+@pytest.mark.parametrize("declared", [None, {"type": "id"}])
+def test_a_column_of_user_ids_may_be_left_out_or_declared_an_id(described, tmp_path, declared):
+    _describe_users(tmp_path, declared)
+
+    assert plan_of(config_of(described, tmp_path)).config.unit.column == "who"
+
+
+def test_a_column_of_user_ids_is_not_synthesized(described, tmp_path):
+    _describe_users(tmp_path, {"type": "category", "categories": ["u1"], "origin": "public: x"})
+
+    with pytest.raises(ConfigError, match='unit.column = \'who\'.* type = "id"'):
+        plan_of(config_of(described, tmp_path))
+
+
+def _describe_users(folder, declared):
+    """Declare the column of user ids in the schema, or not."""
+    columns = SCHEMA["columns"] | ({"who": declared} if declared else {})
+    (folder / "schema.json").write_text(json.dumps({"columns": columns}))
 
 
 def test_a_resumed_run_with_another_configuration_is_refused(described, tmp_path):
@@ -414,6 +447,98 @@ def test_bad_input_is_named_before_anything_is_spent(described, tmp_path, fault)
 
     assert isinstance(caught.value, ConfigError | DataError | BudgetExceeded)
     assert not (tmp_path / "ledger.db").exists() or spent(tmp_path) == {}
+
+
+LOST = {
+    "a date of another country": (
+        {"type": "date", "bounds": ["2015-01-01", "2024-12-31"], "origin": "policy"},
+        ["31/12/2020", "01/02/2021", ""],
+        "not one of its values is a date like 2024-12-31",
+    ),
+    "yes and no": ({"type": "boolean"}, ["yes", "no", "?"], "is true, false, 1 or 0"),
+    "numbers with a comma": (
+        {"type": "real", "bounds": [0, 9], "origin": "policy"},
+        ["1,5", "2,5", "NaN"],
+        "is a number, so that all would count as missing",
+    ),
+    "other words": (
+        {"type": "category", "categories": ["F", "M"], "origin": "policy"},
+        ["female", "male", None],
+        "one of its categories, such as 'F'",
+    ),
+    "an open number": (
+        {"type": "real", "bounds": "private", "origin": "measured"},
+        ["1,5", "2,5", ""],
+        "is a number",
+    ),
+}
+
+
+def with_column(described, tmp_path, column, values):
+    """The population with one more column, its values in turn."""
+    schema = {"columns": {**SCHEMA["columns"], "x": {**column, "missing": True}}}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    header, *rows = (tmp_path / "people.csv").read_text().splitlines()
+    texts = ['"{}"'.format(value or "") for value in values]
+    lines = [f"{row},{texts[i % len(texts)]}" for i, row in enumerate(rows)]
+    (tmp_path / "people.csv").write_text("\n".join([f"{header},x", *lines]) + "\n")
+    return config_of(described, tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["local", "ray", "loopback"])
+@pytest.mark.parametrize("case", LOST)
+def test_a_column_that_would_be_lost_entirely_is_refused_before_anything_is_spent(
+    described, tmp_path, case, engine
+):
+    column, values, says = LOST[case]
+    described["engine"] = {"kind": engine, "clients": 4}
+    config = with_column(described, tmp_path, column, values)
+
+    with pytest.raises(SchemaError, match=f"column 'x': .*{says}"):
+        run(config)
+
+    assert not (tmp_path / "ledger.db").exists()
+    assert not (tmp_path / "releases").exists()
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_a_column_of_which_some_is_lost_is_shown_to_whoever_holds_the_records(
+    described, tmp_path, case
+):
+    column, values, _ = LOST[case]
+    good = {"date": "2020-12-31", "boolean": "true", "real": "1.5", "category": "F"}
+    described["release"]["num_records"] = 10
+    config = with_column(described, tmp_path, column, [*values, good[column["type"]]])
+
+    done = finished(run(config), config)
+
+    (unread,) = done.unread
+    assert unread.share == pytest.approx(2 / 3, abs=0.01)  # of the three in four that are there
+    assert done.to_json()["site_only"]["unread_by_column"] == {"x": unread.share}
+
+
+def test_a_column_without_any_value_is_no_lost_one(described, tmp_path):
+    column = {"type": "date", "bounds": ["2015-01-01", "2024-12-31"], "origin": "policy"}
+    config = with_column(described, tmp_path, column, ["", "?", " "])
+
+    done = finished(run(config), config)
+
+    assert done.unread == ()
+
+
+def test_what_was_not_read_changes_no_reply_of_a_client(described, tmp_path):
+    column, _, _ = LOST["yes and no"]
+    totals = []
+    for good in ("?", "maybe"):  # the same cells: missing, and not read
+        folder = tmp_path / good.replace("?", "missing")
+        folder.mkdir()
+        write_population(folder)
+        plan = plan_of(with_column(described, folder, column, ["true", good]))
+        run_local(plan, stream=CountingStream())
+        with ledger_of(folder) as ledger:
+            totals.append(ledger.sum_of(plan.run, 1).total.tolist())
+
+    assert totals[0] == totals[1]
 
 
 def test_distributed_noise_is_refused_where_single_sums_are_seen(described, tmp_path):
