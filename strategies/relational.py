@@ -113,6 +113,17 @@ class Relational(Strategy):
             raise ConfigError(f"parent names a column twice: {', '.join(self.parent)}")
         _check_names(self.parent_table, self.child_table, self.key)
 
+    @property
+    def caution(self) -> str:
+        """That no column is a user's, where none is declared to be."""
+        if self.parent:
+            return ""
+        return (
+            f"No column belongs to a user, so the table {self.parent_table!r} holds nothing but the"
+            " key. If some do, name them by the strategy's setting 'parent', as in"
+            " parent = ['ward', 'sex']."
+        )
+
     def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
         """Three Gaussian sums."""
         from ..core.accounting import compose, single_event

@@ -10,6 +10,7 @@ from fedsynth.core.config import parse_config
 from fedsynth.core.decode import decode, joined_table, split_tables
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.mechanism import Lattice, clipped_sum
+from fedsynth.core.query import caution_of
 from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Schema
 from fedsynth.simulation.check import check_strategy, small_images, small_table
@@ -329,3 +330,8 @@ def test_a_run_releases_two_tables_that_verify_and_can_be_sampled_again(tmp_path
     assert done.exit_code == 0, done.output
     assert (tmp_path / "more_users.csv").read_text().startswith('"user","town"')
     assert len((tmp_path / "more_records.csv").read_text().splitlines()) == 51
+
+
+def test_where_no_column_is_a_users_whoever_uses_the_records_is_warned():
+    assert "parent = [" in caution_of(build_strategy("relational", {}))
+    assert caution_of(build_strategy("relational", {"parent": PARENT})) == ""
