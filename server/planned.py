@@ -86,6 +86,11 @@ def plan_of(config: RunConfig, *, run: str | None = None) -> Plan:
     strategy = build_strategy(
         config.strategy.name, config.strategy.settings, is_open=schema.is_open
     )
+    if config.unit.column in schema.names:
+        raise ConfigError(
+            f"unit.column = {config.unit.column!r} keys the promise, but the schema has it as a"
+            ' column to synthesize; declare it there as type = "id", or leave it out'
+        )
     if trusts_server(strategy) and config.noise.placement is not NoisePlacement.CENTRAL:
         raise ConfigError(
             f"strategy {config.strategy.name!r} with these settings lets the server choose by the"
@@ -141,8 +146,10 @@ def unfinished(path: Path) -> Plan:
     candidates = [path, path / "run.json", Path(f"{path}{UNFINISHED}") / "run.json"]
     found = next((p for p in candidates if p.is_file() and p.name == "run.json"), None)
     if found is None:
-        if (path / "card.json").exists():
-            raise ConfigError(f"{path} is finished; there is nothing to resume")
+        folder = path.parent if path.name == "run.json" else path
+        release = Path(str(folder).removesuffix(UNFINISHED))
+        if (release / "card.json").exists():
+            raise ConfigError(f"finished already: {release}; there is nothing to resume")
         raise ConfigError(f"{path} is not an unfinished run: it holds no run.json")
     run, config = read_started(found)
     return plan_of(config, run=run)

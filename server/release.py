@@ -111,7 +111,7 @@ class Release:
         """
         folder = Path(folder)
         if not (folder / CARD).exists() and not (folder / SUMS).exists():
-            raise ConfigError(f"{folder} is not a release: it holds no {CARD}")
+            raise ConfigError(f"{folder} is not a release: it holds no {CARD}{_go_on(folder)}")
         hashes = listed(folder)
         text = read(folder, CARD, sha256=hashes.get(CARD, ""))
         page = read(folder, PAGE, sha256=hashes.get(PAGE, ""))
@@ -395,7 +395,7 @@ def verify(folder: Path | str, *, replay: bool = False) -> list[Check]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a release: there is no such folder")
+        raise ConfigError(f"{folder} is not a release: there is no such folder{_go_on(folder)}")
     checks = [_checked("files match their hashes", partial(_check_files, folder))]
     try:
         release = Release.open(folder)
@@ -606,6 +606,16 @@ def _found(schema: Schema, data: Mapping[str, Any]) -> Schema:
     entries = data["columns"]
     ordered = {name: entries[name] for name in schema.to_json()["columns"]}
     return Schema.from_json({**data, "columns": ordered | entries})
+
+
+def _go_on(folder: Path) -> str:
+    """How to come to the release of a run that was stopped; nothing where there is no such run."""
+    from .planned import UNFINISHED
+
+    for path in (folder, Path(f"{folder}{UNFINISHED}")):
+        if (path / "run.json").is_file():
+            return f". Its run was not finished; go on with: fedsynth run --resume {path}"
+    return ""
 
 
 def _already(folder: Path, run: str) -> Path:

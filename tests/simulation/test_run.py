@@ -2,6 +2,7 @@
 """Whole runs on the local engine: what is released, charged, refused, lost and resumed."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from fedsynth.core.query import Query
 from fedsynth.core.randomness import OsKeyStream
 from fedsynth.server.ledger import Ledger
 from fedsynth.server.planned import plan_of, start, unfinished
+from fedsynth.server.release import verify
 from fedsynth.simulation.finished import finished
 from fedsynth.simulation.run import run, run_local
 from flwr.app import ArrayRecord, Message
@@ -351,7 +353,7 @@ def test_a_column_of_user_ids_may_be_left_out_or_declared_an_id(described, tmp_p
 def test_a_column_of_user_ids_is_not_synthesized(described, tmp_path):
     _describe_users(tmp_path, {"type": "category", "categories": ["u1"], "origin": "public: x"})
 
-    with pytest.raises(ConfigError, match='unit.column = \'who\'.* type = "id"'):
+    with pytest.raises(ConfigError, match=r"unit\.column = 'who'.* type = .id."):
         plan_of(config_of(described, tmp_path))
 
 
