@@ -274,6 +274,8 @@ def run(
         console.print(_bars(done.by_column))
         for unread in done.unread:
             _say(console, f"Site only: {unread}.", style="red")
+        if done.too_few:
+            _say(console, f"Site only: {done.too_few}.", style="red")
     _print_lines(console, done.lines)
     _say(console, f"Next: fedsynth verify {done.folder}")
     _say(console, f"      fedsynth sample {done.folder} -n 100000 -o more.parquet")

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..client.unread import Unread
 from ..core.accounting import largest_odds
 from ..core.card import Card
@@ -33,6 +35,8 @@ class Finished:
       by_column: Total variation distance of each column, the largest first; site only.
       unread: What of a column's real values has no cell, where some have none; site only. The
         distances take such values for missing ones.
+      num_users: Users in the real records, where they are at hand; site only.
+      num_declared: Users that the run's file declares at least.
     """
 
     folder: Path
@@ -41,6 +45,19 @@ class Finished:
     quality: Quality | None
     by_column: dict[str, float]
     unread: tuple[Unread, ...] = ()
+    num_users: int | None = None
+    num_declared: int = 1
+
+    @property
+    def too_few(self) -> str:
+        """That there are fewer users than declared, if so; site only."""
+        if self.num_users is None or self.num_users >= self.num_declared:
+            return ""
+        return (
+            f"fewer users than declared: {self.num_users:,}, and population.num_users ="
+            f" {self.num_declared:,} is to be a lower bound. The plan expected"
+            f" {self.num_declared / max(1, self.num_users):,.3g} times the signal that there was"
+        )
 
     @property
     def lines(self) -> list[tuple[str, str]]:
@@ -94,6 +111,8 @@ class Finished:
                 "total_variation": self.quality.total_variation,
                 "total_variation_by_column": self.by_column,
                 "unread_by_column": {u.column.name: u.share for u in self.unread},
+                "num_users": self.num_users,
+                "num_users_declared": self.num_declared,
             },
         }
 
@@ -102,8 +121,9 @@ def finished(folder: Path, config: RunConfig) -> Finished:
     """What there is to say of a run whose release lies in `folder`.
 
     Privacy:
-      Where the engine is a simulation, `quality`, `by_column` and `unread` are exact functions of
-      private records. They stay with whoever runs the simulation and so holds those records.
+      Where the engine is a simulation, `quality`, `by_column`, `unread` and `num_users` are exact
+      functions of private records. They stay with whoever runs the simulation and so holds those
+      records.
     """
     release = Release.open(folder)
     with Ledger(config.path(config.ledger)) as ledger:
@@ -111,10 +131,11 @@ def finished(folder: Path, config: RunConfig) -> Finished:
         population = next(p for p in ledger.populations() if p.name == name)
     quality, by_column = None, {}
     unread: tuple[Unread, ...] = ()
+    num_users: int | None = None
     schema = release.synthesizer.schema
     if config.engine.kind != "superlink" and config.data.path is not None and schema.columns:
         shard = population_of(config, schema)
-        real = shard.records
+        real, num_users = shard.records, len(np.unique(shard.user_ids))
         unread = tuple(column for column in shard.unread if column.num_unread)
         synthetic = release.synthesizer.sample(
             release.card.num_records, sample_rng(release.card.seed)
@@ -122,4 +143,13 @@ def finished(folder: Path, config: RunConfig) -> Finished:
         if len(real):
             quality = quality_of(real, synthetic, schema, orders=(1, 2))
             by_column = column_variation(real, synthetic, schema)
-    return Finished(folder, release.card, population, quality, by_column, unread)
+    return Finished(
+        folder,
+        release.card,
+        population,
+        quality,
+        by_column,
+        unread,
+        num_users=num_users,
+        num_declared=config.population.num_users,
+    )

@@ -281,6 +281,37 @@ def test_run_says_on_site_which_values_it_could_not_read(fedsynth: Command, tmp_
     assert re.search(said, result.stdout)
 
 
+def test_run_says_on_site_where_there_are_fewer_users_than_declared(
+    fedsynth: Command, tmp_path: Path
+):
+    draft_run(tmp_path)
+    run = tmp_path / "run.toml"
+    declared = re.sub(r"num_users = \d+", "num_users = 30000", run.read_text(encoding="utf-8"))
+    run.write_text(declared, encoding="utf-8")
+
+    result = in_process(tmp_path, "run", "run.toml")
+
+    assert result.returncode == 0, result.stderr
+    said = " ".join(result.stdout.split())
+    assert re.search(r"Site only: fewer users than declared: 2\d\d, and population.num_users", said)
+    card = next((tmp_path / "releases").glob("*/card.json")).read_text(encoding="utf-8")
+    assert "fewer users" not in card
+
+
+def test_run_is_silent_about_users_where_there_are_as_many_as_declared(
+    fedsynth: Command, tmp_path: Path
+):
+    draft_run(tmp_path)
+    run = tmp_path / "run.toml"
+    declared = re.sub(r"num_users = \d+", "num_users = 200", run.read_text(encoding="utf-8"))
+    run.write_text(declared, encoding="utf-8")
+
+    result = in_process(tmp_path, "run", "run.toml")
+
+    assert result.returncode == 0, result.stderr
+    assert "fewer users" not in result.stdout
+
+
 def test_run_for_programs_prints_one_object(fedsynth: Command, tmp_path: Path):
     draft_run(tmp_path)
 
