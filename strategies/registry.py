@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from numbers import Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -19,6 +21,9 @@ from ..core.wire import canonical
 from .discovered import Discovered
 
 T = TypeVar("T")
+
+_DOMAIN = [f.name for f in dataclasses.fields(Discovered) if f.name.startswith("domain_")]
+_WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 STRATEGIES = {
     "independent": "strategies.independent:Independent",
@@ -142,12 +147,21 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
         raise ConfigError(f"{where} must be a frozen dataclass, so that its fields are settings")
     known = [f.name for f in dataclasses.fields(kind) if f.init]
     for key in settings:
+        if key in _DOMAIN and key not in known:
+            raise ConfigError(
+                f"{where}: unknown key {key!r}: it is for schemas with open columns (categories or"
+                ' bounds = "private"), and here there are none; leave it out'
+            )
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise ConfigError(
                 f"{where}: unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else '.'}"
                 f" Known keys: {', '.join(known) or 'none'}"
             )
+    hints = _hints(kind)
+    for key, value in settings.items():
+        if key in hints and not _fits(value, hints[key]):
+            raise ConfigError(f"{where}: {key} = {value!r}: expected {_wanted(hints[key])}")
     try:
         made: T = _adapter(kind).validate_python(dict(settings))
     except ValidationError as error:
@@ -155,7 +169,51 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
         key = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {key} = {problem['input']!r}: {message}") from error
+    except ConfigError as error:  # a class's own check, which need not know its name
+        if where in str(error):
+            raise
+        raise ConfigError(f"{where}: {error}") from error
     return made
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of a field's type; no text or truth value is a number.
+
+    Of types that TOML does not have, nothing is said here.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Annotated:
+        return _fits(value, parts[0])
+    if origin is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin is tuple and parts[1:] == (...,):
+        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if hint in (int, float):
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        return is_number and (hint is float or float(value).is_integer())
+    return isinstance(value, hint) if hint in (bool, str, NoneType) else True
+
+
+def _wanted(hint: Any) -> str:
+    """What belongs in a field, in words."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_wanted(part) for part in parts if part is not NoneType)
+    if origin is Annotated:
+        return _wanted(parts[0])
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if origin is tuple:
+        return 'a list, as ["sex"]' if str in parts else "a list, as [1, 2]"
+    return _WANTED.get(hint) or f"a {getattr(hint, '__name__', hint)}"
+
+
+@lru_cache(maxsize=64)
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of a class's fields."""
+    return get_type_hints(kind, include_extras=True)
 
 
 @lru_cache(maxsize=64)

@@ -153,7 +153,9 @@ def test_settings_are_the_inner_strategys_and_those_of_the_domain():
     assert strategy.inner == Mst(pair_cells=20)
     assert (settings["pair_cells"], settings["domain_share"]) == (20, 0.3)
     assert build_strategy("mst", settings, is_open=True) == strategy
-    with pytest.raises(ConfigError, match="unknown key 'domain_share'"):
+    with pytest.raises(
+        ConfigError, match="unknown key 'domain_share': it is for schemas with open"
+    ):
         build_strategy("mst", {"domain_share": 0.3})
 
 
