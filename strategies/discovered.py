@@ -460,6 +460,7 @@ def _check(domain: Mapping[str, NDArray[Any]], name: str, num_codes: int) -> Non
         all(domain[key].dtype.kind == ("f" if key == "heights" else "i") for key in domain)
         and all(domain[key].ndim == 1 for key in set(domain) - {"texts"})
         and _are_starts(domain["edge_starts"], len(numbers), len(domain["edges"]))
+        and _ascend(domain["edges"], domain["edge_starts"])
         and ((numbers >= 0) & (numbers < num_codes)).all()
         and texts.shape == (len(texts), 3)
         and (texts >= 0).all()
@@ -467,6 +468,8 @@ def _check(domain: Mapping[str, NDArray[Any]], name: str, num_codes: int) -> Non
         and (texts[:, 0] < num_codes).all()
         and (texts[:, 1] + (texts[:, 2] + 3) // 4 <= num_codes).all()
         and (asking or _are_starts(domain["key_starts"], len(texts), len(domain["keys"])))
+        and (asking or domain["keys"].dtype == np.int64)
+        and (asking or _ascend(domain["keys"].view(np.uint64), domain["key_starts"]))
         and (asking or len(domain["keys"]) == len(domain["key_cells"]))
         and (asking or (len(domain["width"]) == 1 and 0 < domain["width"][0] <= num_codes))
     ):
@@ -481,6 +484,16 @@ def _are_starts(starts: NDArray[Any], num_parts: int, size: int) -> bool:
         and starts[-1] == size
         and (np.diff(starts) >= 0).all()
     )
+
+
+def _ascend(values: NDArray[Any], starts: NDArray[Any]) -> bool:
+    """Whether the values of each part never fall.
+
+    In others `searchsorted` may find another place for a value when it stands beside others.
+    """
+    rises = values[1:] >= values[:-1]
+    rises[starts[1:-1][(starts[1:-1] > 0) & (starts[1:-1] < len(values))] - 1] = True
+    return bool(rises.all())
 
 
 def _domain_cells(domain: Mapping[str, NDArray[Any]], shard: BoundedShard) -> Contribution:
