@@ -50,7 +50,8 @@ class Unread:
         return 0 < self.num_values == self.num_unread
 
     def __str__(self) -> str:
-        some = f"{self.share:.2%} of the values count"
+        share = "less than 0.01%" if self.share < 1e-4 else f"{self.share:.2%}"
+        some = f"{share} of the values count"
         said = "every value counts" if self.is_whole else some
         return f"column {self.column.name!r}: {said} as missing, being not {_expected(self.column)}"
 

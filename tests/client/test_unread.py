@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from fedsynth.client import files
 from fedsynth.client.shard import encode, read_shard
-from fedsynth.client.unread import check_read
+from fedsynth.client.unread import Unread, check_read
 from fedsynth.core.errors import SchemaError
 from fedsynth.core.privacy import PrivacyUnit
 from fedsynth.core.schema import Column, Schema
@@ -70,3 +70,9 @@ def test_the_refusal_shows_no_value():
 
     assert "column 'x': not one of its values is a number" in str(refusal.value)
     assert "zebra" not in str(refusal.value)
+
+
+def test_a_few_of_many_values_are_not_said_to_be_none_at_all():
+    said = str(Unread(WORD, num_values=100_000, num_unread=3))
+
+    assert "less than 0.01% of the values count as missing" in said
