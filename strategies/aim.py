@@ -22,6 +22,7 @@ from .parts.search import (
     measuring,
     search,
 )
+from .parts.settings import check_cells
 from .parts.worst import Workload
 
 
@@ -103,8 +104,7 @@ class Aim(MarginalStrategy):
             raise ConfigError(f"select must be 'exact' or 'sums', not {self.select!r}")
         if self.select == "sums" and self.column_share + self.pair_share >= 1:
             raise ConfigError("column_share and pair_share leave nothing for the steps")
-        if self.pair_cells < 2:
-            raise ConfigError(f"pair_cells must be 2 or more, not {self.pair_cells!r}")
+        check_cells(pair_cells=self.pair_cells)
 
     def noise(self, schema: Schema, noise_multiplier: float) -> list[float]:
         """A sum of columns, and a choice and a sum a step; one sum for a single column."""

@@ -25,6 +25,8 @@ _INSIDE = 1 - 1e-6  # a user's vector stays within the clip in spite of float32 
 _RECORDS = 2048  # records whose features are held at a time, unless one user has more
 _FOR_IMAGES, _FOR_TABLES = 2000, 500  # random features
 
+_drawn = lru_cache(maxsize=1)(Features.draw)  # a client's blocks ask for the same, one by one
+
 
 @dataclass(frozen=True)
 class DpMerf(Strategy):
@@ -217,12 +219,12 @@ class DpMerf(Strategy):
         ):
             raise ConfigError("the sizes of a record's columns are impossible")
         return _drawn(
-            self.feature_seed,
-            self._width(num_pixels) // 2,
-            tuple(self.bandwidths),
-            num_pixels,
-            tuple(counts[0]),
-            tuple(counts[1]),
+            seed=self.feature_seed,
+            num_frequencies=self._width(num_pixels) // 2,
+            bandwidths=tuple(self.bandwidths),
+            num_pixels=num_pixels,
+            num_cells=tuple(counts[0]),
+            num_bins=tuple(counts[1]),
         )
 
     def _width(self, num_pixels: int) -> int:
@@ -230,26 +232,6 @@ class DpMerf(Strategy):
         if self.num_features is not None:
             return self.num_features
         return _FOR_IMAGES if num_pixels else _FOR_TABLES
-
-
-@lru_cache(maxsize=1)  # a client's blocks ask for the same ones, one after another
-def _drawn(
-    seed: int,
-    num_frequencies: int,
-    bandwidths: tuple[float, ...],
-    num_pixels: int,
-    num_cells: tuple[int, ...],
-    num_bins: tuple[int, ...],
-) -> Features:
-    """`Features.draw`, the last result kept."""
-    return Features.draw(
-        seed=seed,
-        num_frequencies=num_frequencies,
-        bandwidths=bandwidths,
-        num_pixels=num_pixels,
-        num_cells=num_cells,
-        num_bins=num_bins,
-    )
 
 
 def _columns(schema: Schema, label: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

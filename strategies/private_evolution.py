@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Private Evolution: users vote for the candidates nearest to their records; the fittest vary."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
 from .parts.histograms import Grid, Histograms, cells_of, norm_clip
 from .parts.rounding import rounded_cells
+from .parts.settings import check_range
 from .parts.simplex import pooled_total, to_simplex
 from .parts.sketch import NUM_POINTS, Sketches
 from .parts.variation import (
@@ -28,7 +28,7 @@ from .parts.variation import (
     Variations,
     columns_of,
 )
-from .parts.votes import ballot, finder_of, label_of, labels_of
+from .parts.votes import ballot, finder_of, label_of, labels_of, warn_of_drowned
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
@@ -37,7 +37,6 @@ Vote = Literal["l2_clip", "l2_normalize", "l1", "one_record"]
 Prior = Literal["strokes", "digits", "blobs"]
 
 _SAMPLED_AT_ONCE = 4096  # images drawn at a time
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,14 @@ class PrivateEvolution(Strategy):
 
     def __post_init__(self) -> None:
         """Refuse settings that no schema could make sense of."""
-        for key in ("num_rounds", "num_votes", "num_variations", "num_candidates"):
-            if not 1 <= getattr(self, key) <= 1_000_000:
-                raise ConfigError(f"{key} must be 1 to 1,000,000, not {getattr(self, key)!r}")
+        check_range(
+            1,
+            1_000_000,
+            num_rounds=self.num_rounds,
+            num_votes=self.num_votes,
+            num_variations=self.num_variations,
+            num_candidates=self.num_candidates,
+        )
         for key in ("degree_first", "degree_last"):
             if not 0 < getattr(self, key) <= 1:
                 raise ConfigError(f"{key} must lie in (0, 1], not {getattr(self, key)!r}")
@@ -181,12 +185,7 @@ class PrivateEvolution(Strategy):
             lineage.append(parents)
             weights = weights[parents] / np.bincount(parents, minlength=len(weights))[parents]
             weights /= weights.sum()
-        if num_drowned:
-            _log.warning(
-                "in %d of %d rounds votes could not be told from noise, and the pool stayed as it"
-                " was; set num_candidates below %d",
-                *(num_drowned, self.num_rounds, len(pool)),
-            )
+        warn_of_drowned(num_drowned, self.num_rounds, len(pool))
         return Pool(
             schema=schema,
             candidates=pool,

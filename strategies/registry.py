@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from numbers import Real
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -23,6 +23,7 @@ from .discovered import Discovered
 T = TypeVar("T")
 
 _DOMAIN = [f.name for f in dataclasses.fields(Discovered) if f.name.startswith("domain_")]
+_MOST = 2**63  # in absolute value, of whole numbers
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 STRATEGIES = {
@@ -179,6 +180,8 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a plain value is of a field's type; no text or truth value is a number.
 
+    Nor is a whole number that 64 bits cannot hold: arithmetic on one ends in an OverflowError.
+
     Of types that TOML does not have, nothing is said here.
     """
     origin, parts = get_origin(hint), get_args(hint)
@@ -191,8 +194,11 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple and parts[1:] == (...,):
         return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
     if hint in (int, float):
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        return is_number and (hint is float or float(value).is_integer())
+        if isinstance(value, bool) or not isinstance(value, Real):
+            return False
+        if isinstance(value, Integral):
+            return abs(int(value)) < _MOST
+        return hint is float or float(value).is_integer()
     return isinstance(value, hint) if hint in (bool, str, NoneType) else True
 
 

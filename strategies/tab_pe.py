@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tab-PE: records vote for the nearest of a pool of candidate records; the fittest mutate."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +24,11 @@ from .parts.settings import check_range, check_shares
 from .parts.simplex import pooled_total, to_simplex
 from .parts.tree_model import columns_of
 from .parts.variation import Candidates
-from .parts.votes import ballot, finder_of, label_of, labels_of
+from .parts.votes import ballot, finder_of, label_of, labels_of, warn_of_drowned
 
 _WALKS = 0.5  # chance that an ordered cell moves to one nearby instead of being drawn anew
 _PASSES = 5  # of refining a sample towards the columns' histograms
 _SMALLEST = 50  # candidates in a pool, however much noise there is
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,12 +143,7 @@ class TabPe(MarginalStrategy):
             if number < self.num_rounds - 1:
                 rate = self._rate(number)
                 codes, weights = _next_pool(codes, shares, probs, bins, label, rate, rng)
-        if num_drowned:
-            _log.warning(
-                "in %d of %d rounds votes could not be told from noise, and the pool stayed as it"
-                " was; set num_candidates below %d",
-                *(num_drowned, self.num_rounds, len(codes)),
-            )
+        warn_of_drowned(num_drowned, self.num_rounds, len(codes))
         return Evolved(schema, codes, weights, probs)
 
     def count(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:

@@ -20,10 +20,10 @@ from scipy.sparse import csc_matrix
 from ...core.errors import ConfigError
 from ...core.query import Query
 from ...core.records import BoundedShard
+from .exact import GRID, sums_exactly
 
 Loss = Literal["wasserstein", "logistic"]
 
-_GRID = 2.0**30  # weights of pixels lie on this grid: sums of them are exact, in any order
 _USUAL = 16.0  # columns, or pixels, whose height is one
 _MOST_SCORE = 30.0  # beyond which a sigmoid is flat
 
@@ -119,7 +119,7 @@ def read_critic(query: Query, shard: BoundedShard) -> tuple[Inputs, NDArray[np.f
         and weights.ndim == 2
         and weights.size == query.dim
         and np.isfinite(weights).all()
-        and _sums_exactly(weights, num_pixels)
+        and sums_exactly(weights[:num_pixels], (_USUAL / max(1, num_pixels)) ** 0.5)
         and pixels.tolist() == [num_pixels]
         and len(starts) == len(columns) + 1 > 1
         and starts[0] == 0
@@ -134,15 +134,6 @@ def read_critic(query: Query, shard: BoundedShard) -> tuple[Inputs, NDArray[np.f
         num_pixels, columns.astype(np.int64), starts.astype(np.int64), places.astype(np.int64)
     )
     return inputs, weights
-
-
-def _sums_exactly(weights: NDArray[np.float32], num_pixels: int) -> bool:
-    """Whether a hidden unit's sum over any image is exact: below 2^53 steps of the grid.
-
-    An inexact one depends on the order of its terms, and that on how many records there are.
-    """
-    steepest = float(np.abs(weights[:num_pixels]).max(initial=0.0))
-    return bool(steepest * (_USUAL * num_pixels) ** 0.5 < 2.0**53 / _GRID / 2)
 
 
 def push(loss: Loss, scores: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -186,8 +177,8 @@ def user_gradients(
     values[:, :-1] = inputs.cell_height
     if records.images is not None and inputs.num_pixels:
         flat = records.images.reshape(len(lit), -1)
-        full = inputs.pixel_height * (_GRID / 255)
-        grid = np.rint(weights[: inputs.num_pixels] * full) / _GRID
+        full = inputs.pixel_height * (GRID / 255)
+        grid = np.rint(weights[: inputs.num_pixels] * full) / GRID
         # whole numbers on a grid, in float64: exact, so that it does not depend on the batch
         entering += (flat.astype(np.float64) @ grid).astype(np.float32)
         values[:, : inputs.num_pixels] = flat * (inputs.pixel_height / np.float32(255))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.errors import ConfigError
 from ...core.records import Records
+from .exact import GRID, sums_exactly
 
-_GRID = 2.0**30  # angles of pixels lie on this grid: sums of them are exact, in any order
 _CELL_SHARE = 0.8  # of a record's squared norm, spent on its cells one by one
 _NUMBER_SPREAD = 3.0  # a number's range, against the distance of one between two categories
 
@@ -57,6 +58,9 @@ class Features:
           num_cells: Cells of each table column; 0 leaves a column out.
           num_bins: How many of a column's first cells are the bins of a number, which turn a
             wheel in proportion to their place; 0 for a category.
+
+        Raises:
+          ConfigError: A bandwidth is so small that sums of angles are not exact.
         """
         columns = sum(cells > 0 for cells in num_cells)
         scale = 1.0 / np.resize(np.asarray(bandwidths, dtype=np.float64), num_frequencies)
@@ -71,7 +75,13 @@ class Features:
                 places = (np.arange(bins) + 0.5) / bins
                 angles[:bins] = np.outer(places, angles[0]) * (_NUMBER_SPREAD * 2**0.5)
             cells.append((angles * (scale / max(1, columns) ** 0.5)).astype(np.float32))
-        return Features(np.rint(pixels * _GRID) / _GRID, tuple(cells))
+        pixels = np.rint(pixels * GRID) / GRID
+        if not sums_exactly(pixels, 255.0):
+            raise ConfigError(
+                f"bandwidths {min(bandwidths):g} and above make angles of {num_pixels} pixels too"
+                " large to be added exactly; raise the least of them"
+            )
+        return Features(pixels, tuple(cells))
 
     @property
     def num_features(self) -> int:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Votes for candidates: the query that shows a pool, and each record's nearest candidates."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from ...core.records import Records
 from ...core.schema import MAX_CELLS, Schema
 from .nearest import Finder, TableMetric
 from .variation import Candidates, columns_of
+
+_log = logging.getLogger(__name__)
 
 
 def ballot(
@@ -84,6 +87,22 @@ def finder_of(query: Query, records: Records, category_weight: float) -> tuple[F
     position = int(label[0])
     metric = TableMetric(cells, bins, position, category_weight)
     return Finder(codes, images, labels_of(codes, position), metric=metric), position
+
+
+def warn_of_drowned(num_drowned: int, num_rounds: int, num_candidates: int) -> None:
+    """Say how to be heard, where votes of some rounds were nothing but noise.
+
+    Args:
+      num_drowned: Rounds in which they were.
+      num_rounds: All rounds.
+      num_candidates: That votes were cast on.
+    """
+    if num_drowned:
+        _log.warning(
+            "in %d of %d rounds votes could not be told from noise, and the pool stayed as it was;"
+            " set num_candidates below %d",
+            *(num_drowned, num_rounds, num_candidates),
+        )
 
 
 def labels_of(codes: NDArray[np.int32], label: int) -> NDArray[np.int64]:

@@ -52,9 +52,10 @@ def test_types_and_roles_come_from_the_header(patients: Path):
 
 def test_no_value_of_a_row_reaches_the_draft(patients: Path):
     made = draft(patients, user="patient_id", keep=["email"])
+    drafts = (made.run_toml + made.schema_toml).replace(str(patients.parent), "")
 
     for value in ("p1", "p2", "34", "71", "1.5", "9.0", "zelda", "yorick"):
-        assert value not in made.run_toml + made.schema_toml
+        assert value not in drafts
 
 
 def test_every_hole_of_a_draft_is_named_at_once(patients: Path, tmp_path: Path):

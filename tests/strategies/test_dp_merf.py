@@ -123,6 +123,16 @@ def test_a_user_with_a_code_outside_the_schema_counts_as_zeros(column):
     assert np.array_equal(total, clipped_sum(strategy.answer(query, good, RNG), query))
 
 
+def test_bandwidths_whose_angles_would_hang_on_other_records_are_refused():
+    """The tiniest would make sums over pixels inexact, and those hang on a batch's size."""
+    schema, shard = SCHEMAS["images"], made_up(SCHEMAS["images"], [1, 2], seed=1)
+    query = first_query(DpMerf(bandwidths=(0.05,)), schema)
+
+    assert rows_of(DpMerf(bandwidths=(0.05,)), query, shard).any()
+    with pytest.raises(ConfigError, match="raise the least"):
+        DpMerf(bandwidths=(1e-6, 0.05)).answer(query, shard, RNG)
+
+
 def test_features_stand_for_a_gaussian_kernel():
     features = Features.draw(
         seed=1,
