@@ -65,7 +65,7 @@ METHODS = (
     "rdp_gan",
 )
 EPSILONS = (0.1, 1.0, 4.0, 10.0)
-PEER_TABLES, PEER_EPSILONS, PEER_SEEDS = ("adult_coded",), (1.0, 10.0), 1
+PEER_TABLES, PEER_EPSILONS = ("adult_coded",), (1.0, 10.0)
 TVDS = ("2-way TVD", "3-way TVD")
 SWIFT = {1.0: (0.0384, 0.0841, 115.0), 10.0: (0.0214, 0.0609, 347.0)}  # notes of its measurement
 
@@ -125,8 +125,7 @@ def _jobs(figures: report.Report, args: argparse.Namespace) -> Iterator[Job]:
             for epsilon, seed in product(epsilons, range(args.seeds)):
                 yield Job(table, method, f"epsilon={epsilon:g}", seed, judge=args.judge)
         if table in PEER_TABLES and not args.no_peers:
-            few = range(min(args.seeds, PEER_SEEDS))
-            for peer, epsilon, seed in product(PEERS, PEER_EPSILONS, few):
+            for peer, epsilon, seed in product(PEERS, PEER_EPSILONS, range(args.seeds)):
                 if peer in wanted and epsilon in epsilons:
                     level = f"epsilon={epsilon:g}"
                     yield Job(table, peer, level, seed, peer=PEERS[peer].package)

@@ -49,9 +49,8 @@ def bound(shard: Shard, unit: PrivacyUnit, *, seed: int) -> BoundedShard:
         rows = rows[_first_of_equals(shard.records, owner, rows)]
     kept = _kept(user_ids, owner[rows], unit, seed)
     rows = rows[kept]
-    images = None if shard.records.images is None else shard.records.images[rows]
     return BoundedShard(
-        Records(shard.records.codes[rows], images),
+        shard.records.take(rows),
         owner[rows].astype(np.int64),
         len(user_ids),
         unit.max_records,
@@ -115,6 +114,8 @@ def _first_of_equals(
         for at in np.flatnonzero(equal):  # a fingerprint alone is no proof
             pair = pairs[at]
             equal[at] = np.array_equal(images[before[pair]], images[after[pair]])
+    if records.texts is not None:
+        equal &= records.texts[before[pairs]] == records.texts[after[pairs]]
     first = np.ones(len(rows), dtype=np.bool_)
     first[several[order[1:][pairs[equal]]]] = False
     return first
@@ -129,4 +130,7 @@ def _fingerprints(records: Records, rows: NDArray[np.intp]) -> NDArray[np.uint64
         for i, row in enumerate(rows.tolist()):
             digest = hashlib.sha256(records.images[row].tobytes()).digest()[:8]
             words[i] ^= np.uint64(int.from_bytes(digest, "little"))
+    if records.texts is not None:
+        digests = (hashlib.sha256(text.encode()).digest()[:8] for text in records.texts[rows])
+        words ^= np.frombuffer(b"".join(digests), dtype="<u8")
     return words

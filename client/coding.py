@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from ..core.dates import SECONDS
 from ..core.errors import ShardError
 from ..core.open_codes import cut_text, number_codes, text_words
-from ..core.schema import Column
+from ..core.schema import Column, TextColumn
+from ..core.texts import as_texts
 from .files import DATE, MISSING, NUMBER
 
 _FEW = 8  # times fewer values than categories: they are looked up one by one
@@ -193,6 +194,27 @@ class Coder:
         absent = whole.is_null().to_numpy(zero_copy_only=False)
         seconds = whole.fill_null(0).to_numpy().astype(np.int64) * long // per_second
         return np.where(absent, np.nan, seconds // SECONDS[self.column.resolution])
+
+
+def texts_in(column: TextColumn, values: pa.ChunkedArray, where: str) -> NDArray[np.object_]:
+    """Free texts as they are kept, `(num_records,)`: without blanks around them, and cut.
+
+    A missing text is empty; it takes part in nothing.
+
+    Raises:
+      ShardError: They are no texts. `where` names the file.
+    """
+    if pa.types.is_null(values.type):
+        values = values.cast(pa.large_string())
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if not _is_text(values.type):
+        raise ShardError(
+            f"{where}: text column {column.name!r}: expected texts, found {values.type}; convert"
+            " the column, or declare another type in the schema"
+        )
+    kept = pc.utf8_trim_whitespace(values.cast(pa.large_string()).fill_null(""))
+    return as_texts(cut_text(text, column.max_bytes).rstrip() for text in kept.to_pylist())
 
 
 def _encodable(kind: pa.DataType) -> pa.DataType | None:

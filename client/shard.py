@@ -20,8 +20,9 @@ from ..core.errors import ConfigError, ShardError
 from ..core.privacy import PrivacyUnit
 from ..core.records import Records
 from ..core.schema import ImageColumn, Schema
+from ..core.texts import as_texts
 from ..core.users import canonical_user_ids, partition_of
-from .coding import Coder
+from .coding import Coder, texts_in
 from .files import (
     SeenColumn,
     arrays,
@@ -79,7 +80,7 @@ def read_shard(
     """
     if not path.is_file():
         raise ShardError(f"there is no file {path}; check the path of the shard")
-    needed = _needed(schema, unit)
+    needed = columns_needed(schema, unit)
     if format_of(path) == "npz":
         return _npz_shard(path, schema, unit, partition)
     if schema.image is not None:
@@ -109,7 +110,7 @@ def encode(
 
     Arguments and errors are those of `read_shard`; `where` stands in messages for the file.
     """
-    for name in _needed(schema, unit):
+    for name in columns_needed(schema, unit):
         find_column(name, table.column_names, where)
     return _encode(table, schema, _coders(schema), unit, partition, 0, where, images)
 
@@ -119,16 +120,17 @@ def _coders(schema: Schema) -> list[Coder]:
     return [Coder(column) for column in schema.columns]
 
 
-def _needed(schema: Schema, unit: PrivacyUnit) -> list[str]:
-    """Table columns to read."""
+def columns_needed(schema: Schema, unit: PrivacyUnit) -> list[str]:
+    """Columns that are read, but for images."""
+    text = [schema.text.name] if schema.text else []
     user = [] if unit.column is None or unit.column in schema.names else [unit.column]
-    return [*schema.names, *user]
+    return [*schema.names, *text, *user]
 
 
 def _npz_shard(path: Path, schema: Schema, unit: PrivacyUnit, partition: Partition | None) -> Shard:
     """The shard in a npz file: one array a column."""
     image = [schema.image.name] if schema.image else []
-    found = arrays(path, [*_needed(schema, unit), *image])
+    found = arrays(path, [*columns_needed(schema, unit), *image])
     images = found.pop(image[0]) if image else None
     columns = {name: _npz_column(array, name, path) for name, array in found.items()}
     if len({len(column) for column in columns.values()}) > 1:
@@ -187,21 +189,25 @@ def _encode(
         else:
             codes[:, i] = coder.codes(values, where)
             unread.append(unread_in(coder, values, codes[:, i]))
-    records = Records(codes, images if schema.image is not None else None)
+    texts = None
+    if schema.text is not None:
+        texts = texts_in(schema.text, table.column(schema.text.name), where)
+    records = Records(codes, images if schema.image is not None else None, texts=texts)
     return Shard(records, user_ids, tuple(unread))
 
 
 def _joined(parts: list[Shard], schema: Schema) -> Shard:
     """Batches of records as one shard."""
     if not parts:
+        texts = None if schema.text is None else as_texts([])
         return Shard(
-            Records(np.empty((0, schema.num_codes), dtype=np.int32)),
+            Records(np.empty((0, schema.num_codes), dtype=np.int32), texts=texts),
             np.array([], dtype=np.str_),
         )
     if len(parts) == 1:
         return parts[0]
     return Shard(
-        Records(np.concatenate([part.records.codes for part in parts])),
+        Records.joined([part.records for part in parts]),
         np.concatenate([part.user_ids for part in parts]),
         tuple(reduce(add, batches) for batches in zip(*(p.unread for p in parts), strict=True)),
     )

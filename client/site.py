@@ -19,6 +19,7 @@ from ..core.errors import ConfigError
 from ..core.privacy import PrivacyUnit
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
+from ..core.texts import packed, unpacked
 from .bounding import bound
 from .odometer import Odometer
 from .policy import Policy
@@ -209,8 +210,9 @@ def _cached(
             for other in others[_MOST_KEPT - 1 :]:
                 other.unlink()
     with np.load(kept, allow_pickle=False) as stored:
+        texts = unpacked(stored["texts"], stored["text_starts"]) if "texts" in stored else None
         return BoundedShard(
-            Records(stored["codes"], stored.get("images")),
+            Records(stored["codes"], stored.get("images"), texts=texts),
             stored["user_index"],
             int(stored["bounds"][0]),
             int(stored["bounds"][1]),
@@ -219,18 +221,19 @@ def _cached(
 
 def _keep(path: Path, shard: BoundedShard) -> None:
     """Store a bounded shard: whole or not at all, and for nobody but its owner to read."""
-    images: dict[str, Any] = (
-        {} if shard.records.images is None else {"images": shard.records.images}
-    )
+    records = shard.records
+    others: dict[str, Any] = {} if records.images is None else {"images": records.images}
+    if records.texts is not None:
+        others["texts"], others["text_starts"] = packed(records.texts)
     descriptor, partial = mkstemp(dir=path.parent, prefix=f"{path.name}.")  # 0600 from the start
     try:
         with os.fdopen(descriptor, "wb") as file:
             np.savez(
                 file,
-                codes=shard.records.codes,
+                codes=records.codes,
                 user_index=shard.user_index,
                 bounds=np.array([shard.num_users, shard.max_records]),
-                **images,
+                **others,
             )
             file.flush()
             os.fsync(file.fileno())

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, PlainValidator, TypeAdapter, ValidationError
 from . import accounting
 from .errors import DataError, FedsynthError
 from .privacy import NoisePlacement, PrivacyUnit, Relation
-from .schema import Column, ImageColumn, Schema
+from .schema import Column, ImageColumn, Schema, TextColumn
 
 FORMAT = 1
 PACKAGES = ("client", "core", "server", "simulation", "strategies")
@@ -230,7 +230,7 @@ class Card:
         )
         return template.render(
             card=self,
-            columns=[*self.schema.columns, *([self.schema.image] if self.schema.image else [])],
+            columns=[*self.schema.columns, *filter(None, (self.schema.image, self.schema.text))],
             aggregator=self.aggregator
             + (f" {_text(self.aggregator_settings)}" if self.aggregator_settings else ""),
             counted=_counted(self),
@@ -303,8 +303,10 @@ def _percent(share: float) -> str:
     return f"{min(100.0, math.ceil(share * 100 * step - 1e-9) / step):.{digits}f} %"
 
 
-def _domain(column: Column | ImageColumn) -> str:
+def _domain(column: Column | ImageColumn | TextColumn) -> str:
     """The public cells of a column, shortened."""
+    if isinstance(column, TextColumn):
+        return f"free text, of which {column.max_bytes:,} bytes count"
     if isinstance(column, ImageColumn):
         return "uint8 pixels, " + " x ".join(str(side) for side in column.shape)
     if column.is_open:

@@ -4,7 +4,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, get_args
+from typing import ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ OPEN = "private"
 
 OPEN_KINDS: tuple[Kind, ...] = ("category", "integer", "real")
 MAX_OPEN_BINS, MAX_OPEN_BYTES = 256, 64
+MAX_TEXT_BYTES = 1 << 20
 _INT64 = 2.0**63
 _MOST_EXACT = 2.0**53  # above it not every whole number is a float
 
@@ -69,7 +70,7 @@ class Column:
         if self.kind not in KINDS:
             raise SchemaError(
                 f"column {self.name!r}: type must be {', '.join(KINDS[:-1])} or {KINDS[-1]} (or"
-                f" image, or id), not {self.kind!r}"
+                f" image, text, or id), not {self.kind!r}"
             )
         if self.other and self.other not in self.categories:
             raise SchemaError(
@@ -246,6 +247,7 @@ class ImageColumn:
     name: str
     shape: tuple[int, int, int]
     origin: str
+    kind: ClassVar[str] = "image"
 
     def __post_init__(self) -> None:
         _check_origin(self.name, self.origin)
@@ -259,6 +261,28 @@ class ImageColumn:
     def num_pixels(self) -> int:
         """Values in one image."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TextColumn:
+    """The one column of free text that a schema may have: synthesized whole, never cut into cells.
+
+    Attributes:
+      name: Column name in the data.
+      max_bytes: How much of a text counts, in UTF-8; the rest is cut off, between characters.
+    """
+
+    name: str
+    max_bytes: int = 1000
+    kind: ClassVar[str] = "text"
+    origin: ClassVar[str] = "policy: declared in the schema"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_bytes <= MAX_TEXT_BYTES:
+            raise SchemaError(
+                f"text column {self.name!r}: max_bytes must be 1 to {MAX_TEXT_BYTES:,}, not"
+                f" {self.max_bytes!r}"
+            )
 
 
 class Table(Protocol):

@@ -34,7 +34,7 @@ def decode(schema: Schema, records: Records, rng: np.random.Generator) -> "pa.Ta
 
     Args:
       schema: Public schema of the records.
-      records: Codes; images are left out.
+      records: Codes, and texts; images are left out.
       rng: Where within its bin a number lies; the same `rng` gives the same table.
 
     Raises:
@@ -58,7 +58,13 @@ def decode(schema: Schema, records: Records, rng: np.random.Generator) -> "pa.Ta
         _values(c, codes, values)
         for c, codes, values in zip(schema.columns, records.codes.T, drawn, strict=True)
     ]
-    return pa.table(columns, names=[*serial, *schema.names])
+    names = [*serial, *schema.names]
+    if schema.text is not None:
+        if records.texts is None:
+            raise SchemaError(f"the records hold no texts for the column {schema.text.name!r}")
+        columns.append(pa.array(records.texts, type=pa.string()))
+        names.append(schema.text.name)
+    return pa.table(columns, names=names)
 
 
 def split_tables(table: "pa.Table", family: Family, owners: NDArray[np.int64]) -> "Tables":
@@ -117,7 +123,7 @@ def save_records(
     target.mkdir(parents=True, exist_ok=True)
     table = decode(schema, records, rng)
     written: list[Path] = []
-    tables = {SINGLE: table} if schema.columns else {}
+    tables = {SINGLE: table} if schema.columns or schema.text else {}
     if family is not None and records.owners is not None:
         tables = split_tables(table, family, records.owners)
     for name, part in tables.items():

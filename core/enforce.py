@@ -52,26 +52,25 @@ def keeping(sample: Sample) -> Sample:
             return records
         if records.owners is not None:
             return _whole_users(self, sample, records, rng)
-        codes, images = records.codes.copy(), records.images
-        images = None if images is None else images.copy()
-        valid = rules.valid(codes)
-        drawn, accepted = len(codes), int(valid.sum())
+        valid = rules.valid(records.codes)
+        drawn, accepted = len(records), int(valid.sum())
         for _ in range(_PASSES):
             waiting = np.flatnonzero(~valid)
             if not len(waiting):
                 break
             wanted = math.ceil(1.1 * len(waiting) * drawn / max(accepted, 1))
-            more = sample(self, min(max(wanted, _FEWEST), max(len(codes), _FEWEST)), rng)
+            more = sample(self, min(max(wanted, _FEWEST), max(num_records, _FEWEST)), rng)
             fitting = np.flatnonzero(rules.valid(more.codes))
             drawn, accepted = drawn + len(more), accepted + len(fitting)
             places, fitting = waiting[: len(fitting)], fitting[: len(waiting)]
-            codes[places], valid[places] = more.codes[fitting], True
-            if images is not None and more.images is not None:
-                images[places] = more.images[fitting]
-        if not valid.all():
-            mended = repaired(rules.parts, self.schema.shape, codes[~valid], codes[valid], rng)
-            codes[~valid] = mended
-        return replace(records, codes=codes, images=images)
+            order = np.arange(num_records)
+            order[places] = num_records + fitting
+            records, valid[places] = Records.joined([records, more]).take(order), True
+        if valid.all():
+            return records
+        codes = records.codes.copy()
+        codes[~valid] = repaired(rules.parts, self.schema.shape, codes[~valid], codes[valid], rng)
+        return replace(records, codes=codes)
 
     return kept
 

@@ -312,6 +312,9 @@ class Strategy(ABC):
     A strategy that asks a choice at the server says so beforehand, by an attribute or a property
     `trusts_server` that is true; see `trusts_server`.
 
+    A strategy that reads the free text of records says so, by an attribute or a property
+    `reads_text` that is true; see `check_reads`.
+
     What whoever uses its records must be warned of stands in an attribute or a property `caution`:
     plain sentences, which a plan and the card of a release show; see `caution_of`.
     """
@@ -365,6 +368,20 @@ class Strategy(ABC):
 def caution_of(strategy: Strategy) -> str:
     """What a strategy warns the users of its records of; empty for most."""
     return str(getattr(strategy, "caution", ""))
+
+
+def check_reads(strategy: Strategy, schema: Schema) -> None:
+    """Refuse a schema with free text for a strategy that does not say it reads any.
+
+    Raises:
+      ConfigError: The text would be left out in silence.
+    """
+    if schema.text is not None and not getattr(strategy, "reads_text", False):
+        raise ConfigError(
+            f"strategy {strategy.name!r} does not read texts, and the schema holds the text column"
+            f" {schema.text.name!r}. Remove it from the schema, or take a strategy for texts:"
+            " private_evolution"
+        )
 
 
 def trusts_server(strategy: Strategy) -> bool:

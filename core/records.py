@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records as codes: what a shard holds and what a synthesizer samples."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -40,14 +41,38 @@ class Records:
       images: `(num_records, height, width, channels)`, uint8, or `None` without image column.
       owners: User of each synthetic record, `(num_records,)`, int64, from 0 without a gap and not
         falling, or `None` where records are synthesized without their users.
+      texts: `(num_records,)`, each a `str`, or `None` without text column.
+      places: Embeddings in whole steps, `(num_records, dim)`, int16, or `None` where nobody asked
+        for them; see `core.embedding`.
     """
 
     codes: NDArray[np.int32]
     images: NDArray[np.uint8] | None = None
     owners: NDArray[np.int64] | None = None
+    texts: NDArray[np.object_] | None = None
+    places: NDArray[np.int16] | None = None
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def take(self, rows: NDArray[Any] | slice) -> "Records":
+        """The records at `rows`: positions, a mask or a slice."""
+        parts: list[Any] = [None if part is None else part[rows] for part in self._parts]
+        return Records(*parts)
+
+    @staticmethod
+    def joined(parts: Sequence["Records"]) -> "Records":
+        """Records of the same kind, one after the other; at least one part."""
+        columns = zip(*(part._parts for part in parts), strict=True)
+        whole: list[Any] = [
+            None if any(array is None for array in arrays) else np.concatenate(arrays)
+            for arrays in columns
+        ]
+        return Records(*whole)
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -93,6 +118,8 @@ class BoundedShard:
             for start in range(0, len(keys), 1024):  # a few at a time: a pixel takes eight bytes
                 part = slice(start, start + 1024)
                 keys[part] = mixed(keys[part], pixels[part].astype(np.uint64) @ weights)
+        if self.records.texts is not None:
+            keys = mixed(keys, [_word(text) for text in self.records.texts])
         total = np.zeros(self.num_users, dtype=np.uint64)
         np.add.at(total, self.user_index, keys)
         stirred: NDArray[np.uint64] = mixed(total, 2)
@@ -115,10 +142,12 @@ class BoundedShard:
     def _part(
         self, rows: slice | NDArray[np.bool_], user_index: NDArray[np.int64], num_users: int
     ) -> "BoundedShard":
-        images = None if self.records.images is None else self.records.images[rows]
-        return BoundedShard(
-            Records(self.records.codes[rows], images), user_index, num_users, self.max_records
-        )
+        return BoundedShard(self.records.take(rows), user_index, num_users, self.max_records)
+
+
+def _word(text: str) -> int:
+    """64 bits of a text's digest."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def mixed(state: Any, *values: Any) -> Any:

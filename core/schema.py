@@ -26,6 +26,7 @@ from .column import Column as Column
 from .column import IdColumn as IdColumn
 from .column import ImageColumn as ImageColumn
 from .column import Kind as Kind
+from .column import TextColumn as TextColumn
 from .constraints import Constraint, constraint_from_json
 from .dates import RESOLUTIONS, Resolution, resolution_of, units_of
 from .errors import SchemaError
@@ -53,6 +54,7 @@ class Schema:
       target: The column a reader of the synthetic data wants to predict, if any.
       ids: Columns that are never synthesized.
       constraints: What every synthetic record keeps.
+      text: The column of free text, if the records hold one; there is no image column then.
     """
 
     columns: tuple[Column, ...]
@@ -60,9 +62,12 @@ class Schema:
     target: str | None = None
     ids: tuple[IdColumn, ...] = ()
     constraints: tuple[Constraint, ...] = ()
+    text: TextColumn | None = None
 
     def __post_init__(self) -> None:
-        names = list(self.names) + ([self.image.name] if self.image else [])
+        if self.image is not None and self.text is not None:
+            raise SchemaError("a schema may have an image column or a text column, not both")
+        names = [*self.names, *(c.name for c in (self.image, self.text) if c is not None)]
         if not names:
             raise SchemaError("a schema needs at least one column that is not an id")
         names += [column.name for column in self.ids]
@@ -161,6 +166,8 @@ class Schema:
                 "shape": list(self.image.shape),
                 "origin": self.image.origin,
             }
+        if self.text:
+            columns[self.text.name] = {"type": "text", "max_bytes": self.text.max_bytes}
         for id_column in self.ids:
             columns[id_column.name] = {"type": "id", "synthesize": id_column.synthesize}
         data = {"columns": columns} | ({"target": self.target} if self.target else {})
@@ -177,6 +184,7 @@ class Schema:
         _known(data, {"columns", "target", "constraints"}, "schema")
         columns: list[Column] = []
         image: ImageColumn | None = None
+        text: TextColumn | None = None
         ids: list[IdColumn] = []
         entries = data.get("columns")
         if not isinstance(entries, Mapping) or not entries:
@@ -188,6 +196,10 @@ class Schema:
                 if image is not None:
                     raise SchemaError("a schema may have one image column")
                 image = _image(name, entry)
+            elif entry.get("type") == "text":
+                if text is not None:
+                    raise SchemaError("a schema may have one text column")
+                text = _text(name, entry)
             elif entry.get("type") == "id":
                 _known(entry, {"type", "synthesize"}, f"id column {name!r}")
                 ids.append(IdColumn(name, entry.get("synthesize", "none")))
@@ -202,6 +214,7 @@ class Schema:
             data.get("target"),
             tuple(ids),
             tuple(constraint_from_json(entry, i) for i, entry in enumerate(constraints, 1)),
+            text,
         )
 
     @staticmethod
@@ -341,6 +354,17 @@ def _image(name: str, entry: Mapping[str, Any]) -> ImageColumn:
     if len(shape) != 3:
         raise SchemaError(f"image column {name!r}: shape must be [height, width, channels]")
     return ImageColumn(name, (shape[0], shape[1], shape[2]), str(entry.get("origin", "")))
+
+
+def _text(name: str, entry: Mapping[str, Any]) -> TextColumn:
+    """The text column from its entry in a schema file."""
+    _known(entry, {"type", "max_bytes"}, f"text column {name!r}")
+    max_bytes = entry.get("max_bytes", TextColumn.max_bytes)
+    if not isinstance(max_bytes, int) or isinstance(max_bytes, bool):
+        raise SchemaError(
+            f"text column {name!r}: max_bytes must be a whole number, not {max_bytes!r}"
+        )
+    return TextColumn(name, max_bytes)
 
 
 def _check_keys(entry: Mapping[str, Any], where: str) -> None:

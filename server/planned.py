@@ -14,7 +14,7 @@ from ..core import accounting
 from ..core.config import RunConfig, read_started
 from ..core.errors import ConfigError
 from ..core.privacy import NoisePlacement
-from ..core.query import Strategy, trusts_server
+from ..core.query import Strategy, check_reads, trusts_server
 from ..core.schema import Schema
 from ..core.seeds import rounds_rng, sample_rng
 from ..strategies.registry import build_strategy, settings_of
@@ -86,6 +86,7 @@ def plan_of(config: RunConfig, *, run: str | None = None) -> Plan:
     strategy = build_strategy(
         config.strategy.name, config.strategy.settings, is_open=schema.is_open
     )
+    check_reads(strategy, schema)
     if config.unit.column in schema.names:
         raise ConfigError(
             f"unit.column = {config.unit.column!r} keys the promise, but the schema has it as a"

@@ -156,7 +156,7 @@ class Release:
         if self._family is not None:
             return joined_table(self.tables, self._family)
         try:
-            if schema.columns:
+            if schema.columns or schema.text:
                 table = pq.read_table(pa.BufferReader(self._bytes(TABLE)))
             if schema.image:
                 content = io.BytesIO(self._bytes(IMAGES))

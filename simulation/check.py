@@ -20,11 +20,12 @@ from ..core import accounting
 from ..core.choice import chosen, score_sensitivity
 from ..core.errors import ConfigError
 from ..core.mechanism import Lattice, noised, real_sum
-from ..core.query import NoisySum, Query, Strategy, trusts_server
+from ..core.query import NoisySum, Query, Strategy, check_reads, trusts_server
 from ..core.randomness import OsKeyStream
 from ..core.records import BoundedShard, Records
-from ..core.schema import Column, ImageColumn, Schema
+from ..core.schema import Column, ImageColumn, Schema, TextColumn
 from ..core.synthesizer import Synthesizer
+from ..core.texts import as_texts
 from ..strategies.discovered import Discovered
 from ..strategies.registry import built, settings_of
 
@@ -35,6 +36,7 @@ _NOISE = 0.7
 _MANY = 10_000
 _HOSTILE = 120  # requests tried for each query
 _RESIZED, _RENAMED = 0.2, 0.1  # share of them with an array of another length, with another name
+_WORDS = ("a", "red", "fox", "ran", "over", "two", "hills", "\u00e9t\u00e9")
 _WILD = (np.nan, np.inf, 1e30, -1e30, 1e-30, 0.0, -1.0, 3.0)
 
 
@@ -93,19 +95,34 @@ def small_images() -> Schema:
     )
 
 
+def small_texts() -> Schema:
+    """Short texts with a label of three classes."""
+    public = "public: made up for this check"
+    return Schema(
+        (Column("label", "category", public, categories=("0", "1", "2")),),
+        text=TextColumn("message", 200),
+        target="label",
+    )
+
+
 def made_up(schema: Schema, records_per_user: list[int], seed: int) -> BoundedShard:
     """A shard of random valid records."""
     rng = np.random.default_rng(seed)
     num_records = sum(records_per_user)
-    codes = np.stack([rng.integers(0, c, num_records) for c in schema.shape], axis=1)
+    columns = [rng.integers(0, c, num_records) for c in schema.shape]
+    codes = np.stack(columns, axis=1) if columns else np.zeros((num_records, 0), dtype=np.int32)
     texts = rng.integers(97, 123, (num_records, 4 * (schema.num_codes - len(schema.columns))))
     codes = np.concatenate([codes, texts.astype(np.uint8).view("<i4")], axis=1)
     images = None
     if schema.image is not None:
         images = rng.integers(0, 256, (num_records, *schema.image.shape), dtype=np.uint8)
+    written = None
+    if schema.text is not None:
+        counts = rng.integers(0, 8, num_records)
+        written = as_texts(" ".join(rng.choice(_WORDS, count)) for count in counts)
     users = np.repeat(np.arange(len(records_per_user)), records_per_user)
     return BoundedShard(
-        Records(codes.astype(np.int32), images),
+        Records(codes.astype(np.int32), images, texts=written),
         users.astype(np.int64),
         len(records_per_user),
         max([1, *records_per_user]),
@@ -114,11 +131,8 @@ def made_up(schema: Schema, records_per_user: list[int], seed: int) -> BoundedSh
 
 def joined(first: BoundedShard, second: BoundedShard) -> BoundedShard:
     """The users of both shards, the first one's before."""
-    images = None
-    if first.records.images is not None and second.records.images is not None:
-        images = np.concatenate([first.records.images, second.records.images])
     return BoundedShard(
-        Records(np.concatenate([first.records.codes, second.records.codes]), images),
+        Records.joined([first.records, second.records]),
         np.concatenate([first.user_index, second.user_index + first.num_users]),
         first.num_users + second.num_users,
         max(first.max_records, second.max_records),
@@ -143,16 +157,17 @@ def finding_of(claim: str, check: Callable[[], None]) -> Finding:
 def _fitting_schema(strategy: Strategy) -> Schema:
     """A small schema that the strategy accepts."""
     refusals = []
-    for schema in (small_table(), small_images()):
+    for schema in (small_table(), small_images(), small_texts()):
         try:
+            check_reads(strategy, schema)
             strategy.event(schema, _NOISE)
         except ConfigError as error:
             refusals.append(str(error))
         else:
             return schema
     raise ConfigError(
-        "the strategy fits neither a small table nor small images; give a schema to try it on:"
-        f" {refusals[0]}"
+        "the strategy fits neither a small table nor small images or texts; give a schema to try"
+        f" it on: {refusals[0]}"
     )
 
 
@@ -404,10 +419,7 @@ class _Trial:
         for count in (1, 2, 7, _MANY):
             yield f"{count} random records", made_up(self.schema, [count], seed=count)
         same = made_up(self.schema, [1], seed=9)
-        repeated = Records(
-            np.repeat(same.records.codes, 500, axis=0),
-            None if same.records.images is None else np.repeat(same.records.images, 500, axis=0),
-        )
+        repeated = same.records.take(np.zeros(500, dtype=np.int64))
         yield "500 equal records", BoundedShard(repeated, np.zeros(500, np.int64), 1, 500)
         for value in (-1, np.iinfo(np.int32).max, np.iinfo(np.int32).min):
             wild = made_up(self.schema, [3], seed=3)
@@ -431,6 +443,12 @@ class _Trial:
                 raise Broken(f"images must have shape {want}")
             if records.images.dtype != np.uint8:
                 raise Broken(f"images must be uint8, not {records.images.dtype}")
+        if schema.text is not None:
+            texts = records.texts
+            if texts is None or texts.shape != (num_records,):
+                raise Broken("it samples records without texts")
+            if not all(isinstance(text, str) for text in texts):
+                raise Broken("texts must be of type str")
 
     def same(self, first: Synthesizer, second: Synthesizer) -> None:
         """Two synthesizers must be equal to the bit."""

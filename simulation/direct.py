@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..client.respond import users_a_block
 from ..core import mechanism
 from ..core.choice import best, chosen, score_sensitivity
-from ..core.query import NoisySum, Query, Strategy
+from ..core.query import NoisySum, Query, Strategy, check_reads
 from ..core.randomness import KeyStream, OsKeyStream, coins
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
@@ -117,6 +117,7 @@ def _drive(
     noisy: Callable[[Query, NDArray[np.int64]], NDArray[np.int64]],
 ) -> Synthesizer:
     """The loop: query, answer in blocks, sum, noise, until the strategy returns."""
+    check_reads(strategy, schema)
     (local,) = rng.spawn(1)
     rounds = strategy.rounds(schema, noise_multiplier, rng)
     query = next(rounds)
@@ -173,4 +174,5 @@ def _nobody(schema: Schema) -> BoundedShard:
     """A shard without users."""
     codes = np.zeros((0, schema.num_codes), dtype=np.int32)
     images = None if schema.image is None else np.zeros((0, *schema.image.shape), dtype=np.uint8)
-    return BoundedShard(Records(codes, images), np.zeros(0, dtype=np.int64), 0, 1)
+    texts = None if schema.text is None else np.zeros(0, dtype=np.object_)
+    return BoundedShard(Records(codes, images, texts=texts), np.zeros(0, dtype=np.int64), 0, 1)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..client.files import arrays, batches, format_of
 from ..client.policy import Policy
+from ..client.shard import columns_needed
 from ..client.site import simulation_state
 from ..core.errors import ConfigError, FedsynthError
 from ..core.users import canonical_user_ids, partition_of
@@ -151,7 +152,7 @@ def _split(plan: Plan, path: Path, folders: Sequence[Path]) -> list[Path]:
     import pyarrow.parquet as pq
 
     shards = [folder / "shard.parquet" for folder in folders]
-    names = _table_columns(plan)
+    names = columns_needed(plan.schema, plan.config.privacy_unit)
     first = 0
     with ExitStack() as files:
         writers: list[Any] = []
@@ -171,7 +172,7 @@ def _split(plan: Plan, path: Path, folders: Sequence[Path]) -> list[Path]:
 def _split_arrays(plan: Plan, path: Path, folders: Sequence[Path]) -> list[Path]:
     """`_split` of a npz file."""
     image = [plan.schema.image.name] if plan.schema.image else []
-    found = arrays(path, [*_table_columns(plan), *image])
+    found = arrays(path, [*columns_needed(plan.schema, plan.config.privacy_unit), *image])
     length = len(next(iter(found.values())))
     part = _parts(plan, found.__getitem__, 0, length, len(folders))
     shards = [folder / "shard.npz" for folder in folders]
@@ -179,13 +180,6 @@ def _split_arrays(plan: Plan, path: Path, folders: Sequence[Path]) -> list[Path]
         mine = {name: array[part == number] for name, array in found.items()}
         np.savez(shard, allow_pickle=False, **mine)
     return shards
-
-
-def _table_columns(plan: Plan) -> list[str]:
-    """Columns that clients read."""
-    column = plan.config.privacy_unit.column
-    user = [] if column is None or column in plan.schema.names else [column]
-    return [*plan.schema.names, *user]
 
 
 def _parts(

@@ -6,7 +6,7 @@ import numpy as np
 from ..client.bounding import bound
 from ..client.shard import Shard
 from ..core.privacy import PrivacyUnit
-from ..core.records import BoundedShard, Records
+from ..core.records import BoundedShard
 from ..core.users import partition_of
 
 
@@ -23,7 +23,6 @@ def bounded_partitions(
     shards = []
     for client in range(num_clients):
         rows = order[ends[client] : ends[client + 1]]
-        images = None if shard.records.images is None else shard.records.images[rows]
-        mine = Shard(Records(shard.records.codes[rows], images), shard.user_ids[rows])
+        mine = Shard(shard.records.take(rows), shard.user_ids[rows])
         shards.append(bound(mine, unit, seed=seed))
     return shards

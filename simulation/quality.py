@@ -278,8 +278,7 @@ def _judged(judge: str, train: Records, test: Records, schema: Schema, at: int) 
     """Accuracy on `test` of one judge trained on `train`."""
     if len(train) > _MAX_TRAIN:
         kept = np.sort(np.random.default_rng(0).choice(len(train), _MAX_TRAIN, replace=False))
-        images = None if train.images is None else train.images[kept]
-        train = Records(train.codes[kept], images)
+        train = train.take(kept)
     classes, truth = train.codes[:, at], test.codes[:, at]
     if (classes == classes[0]).all():  # nothing to tell apart: the judge knows one answer
         return float((truth == classes[0]).mean())

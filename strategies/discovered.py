@@ -14,7 +14,7 @@ from pydantic import ConfigDict
 from ..core.errors import ConfigError
 from ..core.open_codes import MISSING_NUMBER, bytes_of, number_codes, text_words
 from ..core.query import Contribution, NoisySum, Query, Rounds, Strategy, trusts_server
-from ..core.records import BoundedShard, Records
+from ..core.records import BoundedShard
 from ..core.schema import MAX_OPEN_BYTES, Column, Schema
 from .parts.heavy_texts import TextSketch, text_keys
 from .parts.histograms import norm_clip
@@ -539,7 +539,7 @@ def _recoded(domain: Mapping[str, NDArray[Any]], shard: BoundedShard) -> Bounded
             place = np.minimum(np.searchsorted(keys, wanted), other - 1)
             known = (keys[place] == wanted) & (given[:, column] == 0)
             codes[known, column] = cells[place[known]]
-    return replace(shard, records=Records(codes, shard.records.images))
+    return replace(shard, records=replace(shard.records, codes=codes))
 
 
 def _number_parts(
