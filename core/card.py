@@ -23,7 +23,7 @@ from .privacy import NoisePlacement, PrivacyUnit, Relation
 from .schema import Column, ImageColumn, Schema, TextColumn
 
 FORMAT = 1
-PACKAGES = ("client", "core", "server", "simulation", "strategies")
+PACKAGES = ("client", "core", "models", "server", "simulation", "strategies")
 State = Literal["sealed", "void"]
 
 _TRUST = {

@@ -113,3 +113,4 @@ class ClientCode(IntEnum):
     HEAD_REWOUND = 10  # the server's ledger is older than the one this client saw
     STRATEGY_UNKNOWN = 11  # the strategy is not installed here, or not with these settings
     INTERNAL = 12  # anything else; details are in the owner's own log
+    EMBEDDER_MISMATCH = 13  # the server's embedder is not this client's, or is not installed here

@@ -26,6 +26,7 @@ NAMES = (
     *("before-seal", "after-seal"),
     *("before-release", "after-release"),
     *("before-checkpoint", "after-checkpoint"),  # server/ledger.py: fold in the WAL file
+    *("before-generation", "after-generation"),  # server/generations.py: a model's answer is kept
     *("before-export", "after-export"),
     *("before-finish", "after-finish"),
 )

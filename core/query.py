@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .embedding import Embedder
 from .errors import ConfigError
+from .generation import Generation
 from .records import BoundedShard
 from .schema import Schema
 from .synthesizer import Synthesizer
@@ -298,6 +300,10 @@ class Contribution:
 
 
 Rounds = Generator[Query, NoisySum, Synthesizer]
+"""Queries alone, each answered by its noisy sum."""
+
+Steps = Generator[Query | Generation, Any, Synthesizer]
+"""Queries, and requests to public models, each answered by candidates."""
 
 
 class Strategy(ABC):
@@ -314,6 +320,10 @@ class Strategy(ABC):
 
     A strategy that reads the free text of records says so, by an attribute or a property
     `reads_text` that is true; see `check_reads`.
+
+    A strategy that compares embeddings has a method `embedder_for(schema)`, which gives the
+    embedder or `None`. Clients then answer with `shard.records.places` filled in, and refuse a
+    query whose input `embedder`, 32 bytes, is another fingerprint than their own embedder's.
 
     What whoever uses its records must be warned of stands in an attribute or a property `caution`:
     plain sentences, which a plan and the card of a release show; see `caution_of`.
@@ -340,8 +350,10 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
+    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
         """Server half: yield queries, receive noisy sums, return a synthesizer.
+
+        May also yield a `Generation`, and receives the candidates that a public model made.
 
         Must end in a synthesizer whatever the sums are, void ones included.
 
@@ -382,6 +394,12 @@ def check_reads(strategy: Strategy, schema: Schema) -> None:
             f" {schema.text.name!r}. Remove it from the schema, or take a strategy for texts:"
             " private_evolution"
         )
+
+
+def embedder_of(strategy: Strategy, schema: Schema) -> Embedder | None:
+    """What places the records of a strategy that needs them placed; `None` for most."""
+    found = getattr(strategy, "embedder_for", None)
+    return None if found is None else found(schema)
 
 
 def trusts_server(strategy: Strategy) -> bool:

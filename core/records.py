@@ -119,7 +119,8 @@ class BoundedShard:
                 part = slice(start, start + 1024)
                 keys[part] = mixed(keys[part], pixels[part].astype(np.uint64) @ weights)
         if self.records.texts is not None:
-            keys = mixed(keys, [_word(text) for text in self.records.texts])
+            words = np.array([_word(text) for text in self.records.texts], dtype=np.uint64)
+            keys = mixed(keys, words)
         total = np.zeros(self.num_users, dtype=np.uint64)
         np.add.at(total, self.user_index, keys)
         stirred: NDArray[np.uint64] = mixed(total, 2)

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from fedsynth.core.plugins import find
 from fedsynth.core.query import Strategy
 from fedsynth.strategies.parts.measuring import MarginalStrategy
-from fedsynth.strategies.registry import STRATEGIES, find
+from fedsynth.strategies.registry import STRATEGIES
 
 PAGE = Path(__file__).with_name("methods.md")
 HEAD = """# Methods and their settings

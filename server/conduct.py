@@ -14,11 +14,13 @@ import numpy as np
 from ..core import accounting
 from ..core.errors import Interrupted
 from ..core.failpoints import at
+from ..core.generation import answered
 from ..core.query import Query, trusts_server
 from ..core.randomness import KeyStream
 from ..core.wire import Ask, canonical
 from ..strategies.registry import build_aggregator, settings_of
 from .federation import Federation
+from .generations import clear, files_of, kept
 from .ledger import Ledger
 from .loop import Measured, learn
 from .planned import Plan, start
@@ -101,7 +103,7 @@ def conduct(
     folder = start(plan)
     progress = _Progress(plan, on_event, folder / "progress.jsonl")
     try:
-        release = _driven(plan, federation, stream, progress)
+        release = _driven(plan, folder, federation, stream, progress)
     except KeyboardInterrupt as stop:
         raise Interrupted(
             f"stopped after round {progress.done}. What was spent is on the ledger and"
@@ -111,7 +113,9 @@ def conduct(
     return release
 
 
-def _driven(plan: Plan, federation: Federation, stream: KeyStream, progress: "_Progress") -> Path:
+def _driven(
+    plan: Plan, folder: Path, federation: Federation, stream: KeyStream, progress: "_Progress"
+) -> Path:
     """Commit a run, learn, write its release, mark it finished; the release folder."""
     config = plan.config
     ledger = Ledger(config.path(config.ledger))
@@ -124,7 +128,9 @@ def _driven(plan: Plan, federation: Federation, stream: KeyStream, progress: "_P
             facts=plan.facts,
         )
         synthesizer = learn(
-            plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng),
+            answered(
+                plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng), kept(folder)
+            ),
             draft=_draft(plan),
             max_clients=config.unit.max_clients,
             ledger=ledger,
@@ -134,7 +140,11 @@ def _driven(plan: Plan, federation: Federation, stream: KeyStream, progress: "_P
         )
         at("before-export")
         release: Path = write_release(
-            plan, synthesizer, ledger=ledger, noise_is_secret=stream.is_secret
+            plan,
+            synthesizer,
+            ledger=ledger,
+            noise_is_secret=stream.is_secret,
+            generations=files_of(folder),
         )
         at("after-export")
         ledger.finish(plan.run)
@@ -226,4 +236,5 @@ def _clear(folder: Path) -> None:
     """Remove a finished run's working folder."""
     for name in ("run.json", "progress.jsonl", "run.partial"):
         (folder / name).unlink(missing_ok=True)
+    clear(folder)
     folder.rmdir()

@@ -55,6 +55,7 @@ ADVICE = {
     ClientCode.CONFLICT: "it answered another question under this run, round and attempt",
     ClientCode.ANSWER_GONE: "its answer was lost or is no longer kept",
     ClientCode.HEAD_REWOUND: "it has seen a later state of this ledger: was it rolled back?",
+    ClientCode.EMBEDDER_MISMATCH: "its embedder is not the server's; install the same versions",
     ClientCode.STRATEGY_UNKNOWN: "the strategy is not installed there",
     ClientCode.INTERNAL: "it failed; its own log says why",
 }
@@ -64,6 +65,7 @@ _FINAL: dict[ClientCode, type[FedsynthError]] = {
     ClientCode.HEAD_REWOUND: SecurityRefusal,
     ClientCode.POLICY_REFUSED: PolicyRefusal,
     ClientCode.SCHEMA_MISMATCH: SchemaError,
+    ClientCode.EMBEDDER_MISMATCH: ConfigError,
 }
 
 

@@ -8,6 +8,7 @@
     ├── synthesizer/              synthesizer.json, tensors.safetensors; no pickle
     ├── transcript.jsonl          the run's entries of the ledger
     ├── transcript.safetensors    the noised integer sums, one a round
+    ├── generations/              what language models and the like made, where the run used one
     ├── card.json, card.md        what was promised, for programs and for people
     └── SHA256SUMS                every file above; `sha256sum -c SHA256SUMS` checks it
 
@@ -28,6 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +40,7 @@ from ..core import accounting
 from ..core.card import Card, CardFile, code_digest
 from ..core.decode import SINGLE, decode, joined_table, save_records, split_tables
 from ..core.errors import ConfigError, FedsynthError, SchemaError, SecurityRefusal
+from ..core.generation import answered
 from ..core.query import Strategy, caution_of
 from ..core.records import Family, Records
 from ..core.schema import Schema
@@ -46,6 +49,7 @@ from ..core.synthesizer import Synthesizer
 from ..core.wire import canonical
 from ..strategies.registry import build_strategy, synthesizer_class
 from .folder import SUMS, digest, files_in, is_name, list_text, listed, read, sync, write
+from .generations import recorded
 from .ledger import Ledger
 from .transcript import ENTRIES, NOISY_SUMS, Transcript, tensors_in
 
@@ -193,6 +197,12 @@ class Release:
         """The run's ledger entries and noisy sums."""
         return Transcript.unpack(self._bytes(ENTRIES), self._bytes(NOISY_SUMS))
 
+    @cached_property
+    def generations(self) -> Mapping[str, bytes]:
+        """What public models made for the run, by file name; nothing for most."""
+        names = (file.name for file in self.card.files if file.name.startswith("generations/"))
+        return {name: self._bytes(name) for name in names}
+
     def records(self, num_records: int, seed: int) -> Records:
         """So many new records as codes and images; costs no privacy."""
         return self.synthesizer.sample(num_records, np.random.default_rng(seed))
@@ -230,7 +240,12 @@ class Release:
 
 
 def write_release(
-    plan: "Plan", synthesizer: Synthesizer, *, ledger: Ledger, noise_is_secret: bool
+    plan: "Plan",
+    synthesizer: Synthesizer,
+    *,
+    ledger: Ledger,
+    noise_is_secret: bool,
+    generations: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
     """Sample, and write the release of a run whose rounds are all on the ledger.
 
@@ -241,6 +256,7 @@ def write_release(
       synthesizer: What it learnt.
       ledger: Where its rounds stand.
       noise_is_secret: Whether the noise came from a source that nobody can predict.
+      generations: What public models made for the run, by file name.
 
     Returns:
       The release folder, named after the run.
@@ -268,6 +284,7 @@ def write_release(
         records=records,
         rng=rng,
         transcript=Transcript(entries, sums),
+        generations=generations,
     )
 
 
@@ -316,6 +333,7 @@ def save(
     records: Records,
     rng: np.random.Generator,
     transcript: Transcript,
+    generations: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
     """Write a release folder: whole, or not at all.
 
@@ -326,6 +344,7 @@ def save(
       records: The synthetic records.
       rng: Where within its cell a number lies.
       transcript: All that the run asked and got.
+      generations: What public models made for it, by file name.
 
     Returns:
       `folder`.
@@ -345,6 +364,7 @@ def save(
         SETTINGS: _json_text(described).encode(),
         TENSORS: packed(_contiguous(synthesizer.tensors())),
         **transcript.pack(),
+        **generations,
     }
     beside = folder.with_name(folder.name + PARTIAL)
     try:
@@ -441,8 +461,9 @@ def _replayed(release: Release, strategy: Strategy | None) -> Synthesizer:
                 " replay(folder, strategy=...), or install it under an entry point"
             )
         strategy = build_strategy(card.strategy, card.settings, is_open=card.schema.is_open)
+    steps = strategy.rounds(card.schema, card.noise_multiplier, rounds_rng(card.seed))
     return release.transcript.replay(
-        strategy.rounds(card.schema, card.noise_multiplier, rounds_rng(card.seed)),
+        answered(steps, recorded(release.generations)),
         max_clients=card.unit.max_clients if card.aggregator == "sum" else 0,
     )
 

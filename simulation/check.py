@@ -15,17 +15,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..client.placing import placed
 from ..client.respond import REFUSED, block_sum, users_a_block
 from ..core import accounting
+from ..core.candidates import Candidates
 from ..core.choice import chosen, score_sensitivity
+from ..core.embedding import EMBEDDER
 from ..core.errors import ConfigError
+from ..core.generation import Generation, answered
 from ..core.mechanism import Lattice, noised, real_sum
-from ..core.query import NoisySum, Query, Strategy, check_reads, trusts_server
+from ..core.query import NoisySum, Query, Rounds, Strategy, check_reads, embedder_of, trusts_server
 from ..core.randomness import OsKeyStream
 from ..core.records import BoundedShard, Records
 from ..core.schema import Column, ImageColumn, Schema, TextColumn
 from ..core.synthesizer import Synthesizer
 from ..core.texts import as_texts
+from ..models.live import make
 from ..strategies.discovered import Discovered
 from ..strategies.registry import built, settings_of
 
@@ -179,6 +184,7 @@ class _Trial:
         self.shard = made_up(schema, [1, 3, 1, 2, 5, 1, 1, 4] * 5, seed=1)
         self._transcript: list[tuple[Query, NoisySum]] | None = None
         self._learned: Synthesizer | None = None
+        self._made: dict[str, Candidates] = {}
 
     def checks(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """What is owed, in order."""
@@ -276,10 +282,11 @@ class _Trial:
         nobody = made_up(self.schema, [], seed=0)
         for query in self.queries:
             rng = np.random.default_rng(0)
-            answer = self.strategy.answer(query, nobody, rng)
+            answer = self.strategy.answer(query, self.placed(query, nobody), rng)
             if answer.num_users != 0 or self.sum_of(query, nobody).any():
                 raise Broken(f"query {query.name!r}: an empty shard gives a sum that is not zero")
-            self.strategy.answer(query, made_up(self.schema, [1], seed=2), rng)
+            one = self.placed(query, made_up(self.schema, [1], seed=2))
+            self.strategy.answer(query, one, rng)
 
     def replay_is_exact(self) -> None:
         self.same(self.learned, self.replayed([noisy for _, noisy in self.transcript]))
@@ -366,9 +373,16 @@ class _Trial:
         """One query of each name: the last, whose inputs are furthest from their start."""
         return list({query.name: query for query, _ in self.transcript}.values())
 
-    def rounds(self) -> Any:
+    def rounds(self) -> Rounds:
         """The strategy's generator, with the same public randomness each time."""
-        return self.strategy.rounds(self.schema, _NOISE, np.random.default_rng([5, 1]))
+        steps = self.strategy.rounds(self.schema, _NOISE, np.random.default_rng([5, 1]))
+        return answered(steps, self.made)
+
+    def made(self, request: Generation) -> Candidates:
+        """What a public model makes of a request, and makes again when it is asked again."""
+        if request.digest not in self._made:
+            self._made[request.digest] = make(request)
+        return self._made[request.digest]
 
     def measured(self, query: Query, stream: "KeyStream") -> NoisySum:
         """A noised sum over the trial's shard, or what is chosen by it."""
@@ -385,14 +399,23 @@ class _Trial:
     def refuses(self, query: Query, shard: BoundedShard) -> bool:
         """Whether a client refuses to answer a query for anybody."""
         try:
-            users_a_block(self.strategy, query, shard)
+            users_a_block(self.strategy, query, self.placed(query, shard))
         except REFUSED:
             return True
         return False
 
     def sum_of(self, query: Query, shard: BoundedShard) -> NDArray[np.int64]:
         """The clipped integer sum over a shard, as a client forms it."""
-        return block_sum(self.strategy, query, shard, seed=(5, 1))
+        return block_sum(self.strategy, query, self.placed(query, shard), seed=(5, 1))
+
+    def placed(self, query: Query, shard: BoundedShard) -> BoundedShard:
+        """The shard as a client has it for a query: placed, if the query needs that."""
+        if EMBEDDER not in query.inputs:
+            return shard
+        embedder = embedder_of(self.strategy, self.schema)
+        if embedder is None:
+            raise Broken("it sends an embedder's fingerprint and has no `embedder_for`")
+        return placed(shard, embedder)
 
     def replayed(self, sums: list[NoisySum], void: set[int] | None = None) -> Synthesizer:
         """What a fresh generator makes of recorded sums; those in `void` are withheld.

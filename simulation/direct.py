@@ -7,14 +7,17 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
+from ..client.placing import placed
 from ..client.respond import users_a_block
 from ..core import mechanism
 from ..core.choice import best, chosen, score_sensitivity
-from ..core.query import NoisySum, Query, Strategy, check_reads
+from ..core.generation import answered
+from ..core.query import NoisySum, Query, Strategy, check_reads, embedder_of
 from ..core.randomness import KeyStream, OsKeyStream, coins
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
+from ..models.live import make
 
 _TINY = 1e-9  # noise multiplier that stands for none
 
@@ -119,7 +122,9 @@ def _drive(
     """The loop: query, answer in blocks, sum, noise, until the strategy returns."""
     check_reads(strategy, schema)
     (local,) = rng.spawn(1)
-    rounds = strategy.rounds(schema, noise_multiplier, rng)
+    if (embedder := embedder_of(strategy, schema)) is not None:
+        clients = [placed(shard, embedder) for shard in clients]
+    rounds = answered(strategy.rounds(schema, noise_multiplier, rng), make)
     query = next(rounds)
     while True:
         sums = (_summed(strategy, query, shard, local, stream) for shard in clients)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drive a method's public half with made-up sums, to learn what it will ask; reads no records."""
 
+import json
 import math
 import time
 from collections import Counter
@@ -9,10 +10,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..core import accounting
+from ..core.candidates import Candidates
 from ..core.choice import score_sensitivity
+from ..core.generation import PLACES, Generation, answered
 from ..core.privacy import NoisePlacement
 from ..core.query import NoisySum, Query
+from ..core.texts import as_texts
 from ..core.wire import told
+from ..models.registry import build_embedder
 from ..server.planned import Plan
 
 _DRY_RUN_S = 5.0  # a method's public half is driven this long at most; later rounds are assumed
@@ -35,7 +40,8 @@ def questions_of(plan: Plan) -> list[Question]:
     but for their cost.
     """
     num_rounds = sum(accounting.leaves(plan.event).values())
-    rounds = plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng)
+    steps = plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng)
+    rounds = answered(steps, stand_in)
     deadline = time.monotonic() + _DRY_RUN_S
     questions: list[Question] = []
     left = Counter(accounting.leaves(plan.event))
@@ -57,6 +63,18 @@ def questions_of(plan: Plan) -> list[Question]:
         unseen = replace(last.query, noise_multiplier=noise, sampling_prob=prob)
         questions += [replace(last, query=unseen)] * max(0, count)
     return questions
+
+
+def stand_in(request: Generation) -> Candidates:
+    """Candidates of the right shapes, which no model made: a dry run asks none."""
+    schema, num = request.subject.schema, len(request.candidates)
+    images = None if schema.image is None else np.zeros((num, *schema.image.shape), dtype=np.uint8)
+    texts = None if schema.text is None else as_texts([""] * num)
+    extras = {}
+    if request.embedder:
+        embedder = build_embedder(request.embedder, json.loads(request.embedder_settings))
+        extras[PLACES] = np.zeros((num, embedder.dim), dtype=np.int16)
+    return replace(request.candidates, images=images, texts=texts, extras=extras)
 
 
 def stddev_of(plan: Plan, query: Query) -> float:

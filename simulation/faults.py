@@ -7,8 +7,10 @@ import os
 import random
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +20,12 @@ from ..core.config import RunConfig, parse_config
 from ..core.errors import FedsynthError
 from ..core.failpoints import VARIABLE
 from ..core.randomness import OsKeyStream
-from ..core.records import Records
+from ..core.schema import Schema
 from ..server.audit_trail import check_trail
 from ..server.ledger import Ledger
 from ..server.planned import Plan, plan_of, start, unfinished
 from ..server.release import verify
-from .check import made_up, small_table
+from .check import made_up, small_table, small_texts
 from .run import run_local
 
 _MOST_RESUMPTIONS = 6
@@ -54,17 +56,39 @@ class Survival:
         return self.finished and not self.violations
 
 
-def small_run(folder: Path, *, placement: str = "central", rounds: int = 6) -> RunConfig:
-    """A run of several short rounds over made-up records, in a folder of its own."""
+def small_run(
+    folder: Path,
+    *,
+    placement: str = "central",
+    rounds: int = 6,
+    table_strategy: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """A run of several short rounds over made-up records, in a folder of its own.
+
+    Args:
+      folder: Where its files go.
+      placement: Of the noise.
+      rounds: Rounds of Private Evolution over short texts, with a model and an embedder.
+      table_strategy: Instead: a strategy's section, over a small table.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "schema.json").write_text(json.dumps(small_table().to_json()), encoding="utf-8")
+    schema = small_texts() if table_strategy is None else small_table()
+    (folder / "schema.json").write_text(json.dumps(schema.to_json()), encoding="utf-8")
+    evolution = {
+        "name": "private_evolution",
+        "num_rounds": rounds,
+        "num_candidates": 20,
+        "num_votes": 1,
+        "model": "words",
+        "embedder": "word_hashes",
+    }
     return parse_config(
         {
             "population": {"name": "kills", "num_users": 90, "epsilon": 4.0, "delta": 1e-3},
             "data": {"schema": "schema.json"},
             "unit": {"column": "id", "max_records": 2},
             "budget": {"epsilon": 4.0},
-            "strategy": {"name": "private_evolution", "num_rounds": rounds, "num_candidates": 20},
+            "strategy": evolution if table_strategy is None else dict(table_strategy),
             "noise": {"placement": placement},
             "engine": {"clients": 3, "timeout_s": 60.0},
             "release": {"num_records": 50},
@@ -73,11 +97,11 @@ def small_run(folder: Path, *, placement: str = "central", rounds: int = 6) -> R
     )
 
 
-def made_up_population() -> Shard:
+def made_up_population(schema: Schema) -> Shard:
     """A hundred users of one to three records."""
-    shard = made_up(small_table(), [1 + user % 3 for user in range(100)], seed=11)
+    shard = made_up(schema, [1 + user % 3 for user in range(100)], seed=11)
     ids = np.array([f"user-{user}" for user in shard.user_index])
-    return Shard(Records(shard.records.codes, None), ids)
+    return Shard(shard.records, ids)
 
 
 def survive(
@@ -171,7 +195,7 @@ def _resume(folder: Path, failpoint: str | None) -> None:
     if failpoint is not None:
         os.environ[VARIABLE] = failpoint
     plan: Plan = unfinished(folder)
-    run_local(plan, stream=OsKeyStream(), data=made_up_population())
+    run_local(plan, stream=OsKeyStream(), data=made_up_population(plan.schema))
 
 
 def _charged(config: RunConfig) -> float:

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
+from ..core.embedding import Embedder
 from ..core.errors import ConfigError
 from ..core.open_codes import MISSING_NUMBER, bytes_of, number_codes, text_words
-from ..core.query import Contribution, NoisySum, Query, Rounds, Strategy, trusts_server
+from ..core.query import Contribution, NoisySum, Query, Steps, Strategy, embedder_of, trusts_server
 from ..core.records import BoundedShard
 from ..core.schema import MAX_OPEN_BYTES, Column, Schema
 from .parts.heavy_texts import TextSketch, text_keys
@@ -101,6 +102,15 @@ class Discovered(Strategy):
         return trusts_server(self.inner)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether the inner strategy does."""
+        return bool(getattr(self.inner, "reads_text", False))
+
+    def embedder_for(self, schema: Schema) -> Embedder | None:
+        """What places records for the inner strategy."""
+        return embedder_of(self.inner, schema)
+
+    @property
     def caution(self) -> str:
         """What the inner strategy warns of."""
         return str(getattr(self.inner, "caution", ""))
@@ -131,7 +141,7 @@ class Discovered(Strategy):
             )
         return compose([*(single_event(noise) for noise in domain), events[-1]])
 
-    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
+    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
         """Ask for the domains, then what the inner strategy asks."""
         if not schema.is_open:
             return (yield from self.inner.rounds(schema, noise_multiplier, rng))
@@ -143,7 +153,7 @@ class Discovered(Strategy):
         ]
         texts = _texts_of(schema)
         first = _Question(_FIRST, numbers, texts)
-        noisy = yield first.query(noise[0], self.domain_norm)
+        noisy: NoisySum = yield first.query(noise[0], self.domain_norm)
         values = [self._values(first, noisy, i) for i in range(len(texts))]
         numbers = [first.bins(noisy, i) for i in range(len(numbers))]
         if numbers:
@@ -154,9 +164,10 @@ class Discovered(Strategy):
         domain = _Domain(schema, numbers, texts, values)
         asked = self.inner.rounds(domain.closed, noise[-1], rng)
         try:
-            query = next(asked)
+            step = next(asked)
             while True:
-                query = asked.send((yield domain.sent_with(query)))
+                sent = domain.sent_with(step) if isinstance(step, Query) else step
+                step = asked.send((yield sent))
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import ConfigError
-from ..core.query import Contribution, NoisySum, Query, Rounds, Strategy, trusts_server
+from ..core.query import Contribution, NoisySum, Query, Steps, Strategy, trusts_server
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
@@ -137,7 +137,7 @@ class DpdSyn(Strategy):
             events.append(self._method().event(features_of(schema), for_features))
         return compose(events)
 
-    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
+    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
         """Learn the features, then the classifier on groups that the features call for."""
         target = self._target(schema)
         for_features, whole, noise = self._noise(noise_multiplier)
@@ -161,7 +161,7 @@ class DpdSyn(Strategy):
             query = self._query(
                 lookup, weights, target, noise, counts_users=newton is None or not weights.size
             )
-            noisy = yield query
+            noisy: NoisySum = yield query
             if noisy.is_void:
                 continue
             if newton is None:  # the first sum that arrived also counts users
@@ -249,16 +249,17 @@ class DpdSyn(Strategy):
 
     def _features(
         self, apart: Schema, target: int, noise_multiplier: float, rng: np.random.Generator
-    ) -> Rounds:
+    ) -> Steps:
         """The rounds of the features' method, under names of ours."""
         rounds = self._method().rounds(apart, noise_multiplier, rng)
         where = {"target": np.array([target], dtype=np.int64)}
-        query = next(rounds)
+        step = next(rounds)
         while True:
-            asked = replace(query, name=_PREFIX + query.name, inputs={**query.inputs, **where})
-            noisy = yield asked
+            if isinstance(step, Query):
+                step = replace(step, name=_PREFIX + step.name, inputs={**step.inputs, **where})
+            answer = yield step
             try:
-                query = rounds.send(noisy)
+                step = rounds.send(answer)
             except StopIteration as end:
                 learned: Synthesizer = end.value
                 return learned

@@ -1,41 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Private Evolution: users vote for the candidates nearest to their records; the fittest vary."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import ConfigError
-from ..core.query import Contribution, NoisySum, Query, Rounds, Strategy
+from ..core.candidates import Candidates
+from ..core.embedding import Embedder
+from ..core.errors import ConfigError, DataError
+from ..core.generation import PLACES, Generation, Subject
+from ..core.query import Contribution, NoisySum, Query, Steps, Strategy
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
+from ..models.live import make
+from ..models.registry import build_embedder, build_model, canonical
+from ..models.table import TableMutator
+from ..models.variation import Modality
 from .parts.histograms import Grid, Histograms, cells_of, norm_clip
 from .parts.rounding import rounded_cells
 from .parts.settings import check_range
 from .parts.simplex import pooled_total, to_simplex
-from .parts.sketch import NUM_POINTS, Sketches
-from .parts.variation import (
-    Candidates,
-    ImageAugmenter,
-    SketchArtist,
-    TableMutator,
-    VariationModel,
-    Variations,
-    columns_of,
-)
 from .parts.votes import ballot, finder_of, label_of, labels_of, warn_of_drowned
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
 Vote = Literal["l2_clip", "l2_normalize", "l1", "one_record"]
-Prior = Literal["strokes", "digits", "blobs"]
-
+_USUAL_MODEL = {"table": "table", "image": "strokes", "text": "writer"}
 _SAMPLED_AT_ONCE = 4096  # images drawn at a time
 
 
@@ -46,8 +43,8 @@ class PrivateEvolution(Strategy):
     A round shows the pool to all clients. Each record votes for the candidates nearest to it
     among those of its own label; a user's votes are one vector over all labels and candidates.
     The noisy sum says which candidates live on and which are varied, by a public model that sees
-    candidates only: tables are mutated, images are drawn by a simulated pen or warped. The last
-    round's votes are the weights that candidates are sampled with.
+    candidates only: tables are mutated, images drawn by a simulated pen or warped, texts written
+    by a language model. The last round's votes are the weights that candidates are sampled with.
 
     Attributes:
       num_rounds: Rounds of votes, all with the same noise.
@@ -79,13 +76,21 @@ class PrivateEvolution(Strategy):
       degree_first: How far the first offspring vary, in (0, 1].
       degree_last: The same for the last; between them it changes by a constant factor.
       sample_degree: How far an image is varied once more whenever it is sampled; 0: not at all.
+        Texts are sampled as they are.
       grounding: Share of the budget that first measures the histogram of every column, from
         which candidates are then drawn and mutated; 0: all cells alike. Spent only if there is a
         table column besides the label.
       category_weight: Distance of two categories, where the full range of a number is 1.
-      prior: What draws images: `strokes` (random curves; give them 12 rounds or more), `digits`
-        (handwritten digits; the label's categories must be digits), `blobs` (smooth colors;
-        knows nothing of lines).
+      model: The public model that makes images or texts. `strokes`: random curves; give them 12
+        rounds or more. `digits`: handwritten digits; the label's categories must be digits.
+        `blobs`: smooth colors; knows nothing of lines. `writer`: a language model. Empty:
+        `strokes` for images, `writer` for texts. Another that is installed, or `module:Name`.
+      model_settings: Its settings.
+      embedder: What tells which candidates are near a record, the same at all clients. Empty:
+        `minilm` for texts; for images their pixels, blurred and averaged.
+      embedder_settings: Its settings.
+      lookahead: A candidate of images or texts stands where the mean of so many of its
+        variations does; 0: where it stands itself. Multiplies the model's work.
 
     Privacy:
       A user's whole vector, over all labels, is clipped once. Clipping or normalizing each label
@@ -113,8 +118,13 @@ class PrivateEvolution(Strategy):
     sample_degree: float = 0.15
     grounding: float = 0.1
     category_weight: float = 0.3
-    prior: Prior = "strokes"
+    model: str = ""
+    model_settings: dict[str, Any] = field(default_factory=dict)
+    embedder: str = ""
+    embedder_settings: dict[str, Any] = field(default_factory=dict)
+    lookahead: int = 0
     name: ClassVar[str] = "private_evolution"
+    reads_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse settings that no schema could make sense of."""
@@ -141,7 +151,9 @@ class PrivateEvolution(Strategy):
             raise ConfigError(f"max_norm belongs to vote = 'l2_clip', not to {self.vote!r}")
         if self.threshold is not None and not 0 <= self.threshold < math.inf:
             raise ConfigError(f"threshold must be a number of 0 or more, not {self.threshold!r}")
-        known = {"vote": Vote, "prior": Prior, "selection": Literal["sample", "rank"]}
+        if not 0 <= self.lookahead <= 64:
+            raise ConfigError(f"lookahead must be 0 to 64, not {self.lookahead!r}")
+        known = {"vote": Vote, "selection": Literal["sample", "rank"]}
         for key, choices in known.items():
             if getattr(self, key) not in choices.__args__:  # type: ignore[attr-defined]
                 raise ConfigError(f"{key} must be one of {', '.join(choices.__args__)}")  # type: ignore[attr-defined]
@@ -153,7 +165,7 @@ class PrivateEvolution(Strategy):
         self._check(schema)
         return compose(single_event(noise) for noise in self._noises(schema, noise_multiplier))
 
-    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
+    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
         """Draw a pool; ask for votes, select and vary; weigh the last pool by its votes."""
         self._check(schema)
         label = label_of(schema, self.label)
@@ -163,13 +175,14 @@ class PrivateEvolution(Strategy):
             marginals = _marginals(schema)
             asked = marginals.query("marginals", noise_multiplier=noises[0], max_norm=self.max_norm)
             shares = _shares(marginals, (yield asked))
-        model = _model(schema, label, self.prior, shares)
-        pool = model.propose(_blank(schema, label, self.num_candidates), rng)
+        breeder = _Breeder.of(self, Subject(schema, label), shares)
+        blank = _blank(schema, label, self.num_candidates)
+        pool = yield from breeder.asked("random", blank, 0.0, self._degree(0), rng)
         weights = np.full(len(pool), 1 / len(pool))
         lineage: list[NDArray[np.int64]] = []
         num_drowned = 0
         for number in range(self.num_rounds):
-            noisy = yield self._ballot(schema, label, pool, noises[-1])
+            noisy: NoisySum = yield self._ballot(schema, label, pool, noises[-1])
             fitness = self._fitness(noisy)
             num_drowned += fitness is None and not noisy.is_void
             weights = weights if fitness is None else fitness
@@ -179,8 +192,11 @@ class PrivateEvolution(Strategy):
                 lineage.append(np.arange(len(pool)))
                 continue
             kept, varied = self._parents(weights, labels_of(pool.codes, label), rng)
-            offspring = model.vary(pool.take(varied), self._degree(number), rng)
-            pool = pool.take(kept).joined(offspring)
+            degree, next_degree = self._degree(number), self._degree(number + 1)
+            offspring = yield from breeder.asked(
+                "vary", pool.take(varied), degree, next_degree, rng
+            )
+            pool = Candidates.joined([pool.take(kept), offspring])
             parents = np.concatenate([kept, varied])
             lineage.append(parents)
             weights = weights[parents] / np.bincount(parents, minlength=len(weights))[parents]
@@ -188,11 +204,13 @@ class PrivateEvolution(Strategy):
         warn_of_drowned(num_drowned, self.num_rounds, len(pool))
         return Pool(
             schema=schema,
-            candidates=pool,
+            candidates=replace(pool, extras=_without_places(pool.extras)),
             weights=weights,
             lineage=np.array(lineage, dtype=np.int32).reshape(-1, len(pool)),
-            prior=self.prior,
-            sample_degree=self.sample_degree,
+            label=label,
+            model=breeder.model,
+            model_settings=json.loads(breeder.settings),
+            sample_degree=self.sample_degree if breeder.is_exact else 0.0,
         )
 
     def answer(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
@@ -208,12 +226,15 @@ class PrivateEvolution(Strategy):
         chosen = np.arange(len(shard.records))
         if self.vote == "one_record":
             chosen = _one_each(shard, int(rng.integers(1 << 62)))
-        codes, images = shard.records.codes[chosen], shard.records.images
+        records = shard.records
+        if len(chosen) < len(records):
+            records = records.take(chosen)
         votes, _ = finder.nearest(
-            codes,
-            images if images is None or len(chosen) == len(images) else images[chosen],
-            labels_of(codes, label),
+            records.codes,
+            None if PLACES in query.inputs else records.images,
+            labels_of(records.codes, label),
             self.num_votes,
+            places=records.places if PLACES in query.inputs else None,
         )
         voting = votes[:, 0] >= 0
         votes, users = votes[voting], shard.user_index[chosen][voting]
@@ -239,10 +260,30 @@ class PrivateEvolution(Strategy):
                 f" num_votes = {self.num_votes}; use at least {labels * self.num_votes}, or"
                 " label = '' to go without a label"
             )
-        if schema.image is None and all(j == label for j in range(len(schema.columns))):
+        if _modality(schema) == "table" and len(schema.columns) == (label >= 0):
             raise ConfigError("the schema holds nothing but the label; set label = ''")
-        if schema.image is not None and self.prior == "digits":
-            _digits(schema, label)
+        name, settings = self._model(schema)
+        build_model(name, settings).check(Subject(schema, label))
+        embedder = self.embedder_for(schema)
+        if embedder is not None and embedder.modality != _modality(schema):
+            raise ConfigError(
+                f"embedder {embedder.name!r} places {embedder.modality}s, and the schema holds none"
+            )
+        if self.lookahead and embedder is None:
+            raise ConfigError("lookahead needs an embedder, whose embeddings have a mean")
+
+    def embedder_for(self, schema: Schema) -> Embedder | None:
+        """What places records and candidates; `None`: their columns and pixels do."""
+        name = self.embedder or ("minilm" if schema.text is not None else "")
+        if not name:
+            if self.embedder_settings:
+                raise ConfigError("embedder_settings without an embedder: name one")
+            return None
+        return build_embedder(name, self.embedder_settings)
+
+    def _model(self, schema: Schema) -> tuple[str, dict[str, Any]]:
+        """Name and settings of the model."""
+        return self.model or _USUAL_MODEL[_modality(schema)], self.model_settings
 
     def _noises(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
         """Noise multiplier of each query, in order."""
@@ -256,7 +297,16 @@ class PrivateEvolution(Strategy):
     def _ballot(self, schema: Schema, label: int, pool: Candidates, noise: float) -> Query:
         """The query for votes on a pool."""
         clip = norm_clip(np.ones(self.num_votes), self.max_norm) if self._is_linear else 1.0
-        return ballot(schema, label, pool, clip=clip, noise_multiplier=noise, cells=self._is_linear)
+        embedder = self.embedder_for(schema)
+        return ballot(
+            schema,
+            label,
+            pool,
+            clip=clip,
+            noise_multiplier=noise,
+            cells=self._is_linear,
+            fingerprint="" if embedder is None else embedder.fingerprint(),
+        )
 
     def _fitness(self, noisy: NoisySum) -> NDArray[np.float64] | None:
         """Each candidate's share of the votes; `None` where the noise leaves nothing to see."""
@@ -318,7 +368,9 @@ class Pool(Synthesizer):
       weights: Probability of each candidate, `(num_candidates,)`.
       lineage: Whom each candidate came from: `lineage[t, i]` is the position, in the pool of
         round t, of the parent of candidate i of round t + 1, `(num_rounds - 1, num_candidates)`.
-      prior: What drew the images.
+      label: Column whose category a candidate was made for, or -1.
+      model: What made the images or texts.
+      model_settings: Its settings.
       sample_degree: How far an image is varied when it is sampled.
     """
 
@@ -326,7 +378,9 @@ class Pool(Synthesizer):
     candidates: Candidates
     weights: NDArray[np.float64]
     lineage: NDArray[np.int32]
-    prior: Prior
+    label: int
+    model: str
+    model_settings: dict[str, Any]
     sample_degree: float
     kind: ClassVar[str] = "pool"
 
@@ -341,36 +395,35 @@ class Pool(Synthesizer):
     def sample(self, num_records: int, rng: np.random.Generator) -> Records:
         """Candidates, each as often as its weight says, give or take one; images vary."""
         drawn = rng.permutation(rounded_cells(self.weights, num_records, rng))
-        codes = self.candidates.codes[drawn]
-        if self.schema.image is None:
-            return Records(codes)
-        model = _image_model(self.schema, self.prior)
-        images = np.empty((num_records, *self.schema.image.shape), dtype=np.uint8)
+        if self.candidates.images is None or not self.sample_degree:
+            chosen = self.candidates.take(drawn)
+            return Records(chosen.codes, chosen.images, texts=chosen.texts)
+        model = build_model(self.model, self.model_settings)
+        subject = Subject(self.schema, self.label)
+        images = np.empty((num_records, *self.candidates.images.shape[1:]), dtype=np.uint8)
         for start in range(0, num_records, _SAMPLED_AT_ONCE):
             part = self.candidates.take(drawn[start : start + _SAMPLED_AT_ONCE])
-            if self.sample_degree:
-                part = model.vary(part, self.sample_degree, rng)
-            if part.images is not None:
-                images[start : start + _SAMPLED_AT_ONCE] = part.images
-        return Records(codes, images)
+            varied = model.vary(part, self.sample_degree, subject, rng).images
+            if varied is not None:
+                images[start : start + _SAMPLED_AT_ONCE] = varied
+        return Records(self.candidates.codes[drawn], images)
 
     def settings(self) -> dict[str, Any]:
-        """What draws images, and how far they vary."""
-        return {"prior": self.prior, "sample_degree": self.sample_degree}
+        """What made the candidates, and how far they vary."""
+        return {
+            "label": self.label,
+            "model": self.model,
+            "model_settings": self.model_settings,
+            "sample_degree": self.sample_degree,
+        }
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The candidates, their weights and their lineage."""
-        arrays: dict[str, NDArray[Any]] = {
-            "codes": self.candidates.codes,
+        return {
+            **self.candidates.tensors(),
             "weights": self.weights,
             "lineage": self.lineage,
         }
-        if self.candidates.images is not None:
-            arrays["images"] = self.candidates.images
-        if self.candidates.sketches is not None:
-            drawn = self.candidates.sketches
-            arrays |= {"points": drawn.points, "pen": drawn.pen, "ink": drawn.ink}
-        return arrays
 
     @classmethod
     def restore(
@@ -381,47 +434,134 @@ class Pool(Synthesizer):
         Raises:
           ConfigError: The arrays are not those of a pool of this schema.
         """
-        shape, num = None if schema.image is None else schema.image.shape, len(tensors["codes"])
-        expected: dict[str, tuple[tuple[int, ...], type]] = {
-            "codes": ((num, len(schema.columns)), np.int32),
-            "weights": ((num,), np.float64),
-            "lineage": ((len(tensors["lineage"]), num), np.int32),
-        }
-        if shape is not None:
-            expected["images"] = ((num, *shape), np.uint8)
-            if settings.get("prior") != "blobs":
-                expected["points"] = ((num, NUM_POINTS, 2), np.float32)
-                expected["pen"] = ((num, NUM_POINTS - 1), np.uint8)
-                expected["ink"] = ((num, 2), np.float32)
-        fits = set(tensors) == set(expected) and all(
-            tensors[name].shape == shape and tensors[name].dtype == dtype
-            for name, (shape, dtype) in expected.items()
-        )
-        codes, weights, lineage = (tensors[name] for name in ("codes", "weights", "lineage"))
-        degree = settings.get("sample_degree")
+        model, degree, label = (settings.get(k) for k in ("model", "sample_degree", "label"))
+        given = settings.get("model_settings")
+        try:
+            candidates = Candidates.restore(schema, tensors)
+            weights, lineage = tensors["weights"], tensors["lineage"]
+        except (DataError, KeyError) as error:
+            raise ConfigError(f"a saved pool that does not fit the schema: {error}") from error
+        num = len(candidates)
         if not (
-            fits
-            and num
-            and ((codes >= 0) & (codes < np.array(schema.shape))).all()
+            num
+            and weights.shape == (num,)
+            and weights.dtype == np.float64
+            and lineage.shape == (len(lineage), num)
+            and lineage.dtype == np.int32
             and (weights >= 0).all()
             and abs(float(weights.sum()) - 1) < 1e-6
             and ((lineage >= 0) & (lineage < num)).all()
-            and settings.get("prior") in ("strokes", "digits", "blobs")
             and isinstance(degree, int | float)
             and 0 <= degree <= 1
+            and isinstance(model, str)
+            and ":" not in model  # never import a module because a file names it
+            and isinstance(given, dict)
+            and isinstance(label, int)
+            and -1 <= label < len(schema.columns)
         ):
             raise ConfigError("a saved pool whose arrays or settings do not fit the schema")
-        sketches = None
-        if "points" in tensors:
-            sketches = Sketches(tensors["points"], tensors["pen"], tensors["ink"])
         return cls(
             schema=schema,
-            candidates=Candidates(codes, tensors.get("images"), sketches),
+            candidates=candidates,
             weights=weights,
             lineage=lineage,
-            prior=settings["prior"],
+            label=label,
+            model=model,
+            model_settings=given,
             sample_degree=float(degree),
         )
+
+
+@dataclass(frozen=True)
+class _Breeder:
+    """What proposes and varies whole records: the table's columns here, the rest by a model.
+
+    Attributes:
+      subject: What candidates are of.
+      table: For their columns; `None` where there are none besides the label.
+      model: Name of the model of their images or texts; of a table: its own.
+      settings: Its settings, as canonical JSON.
+      is_exact: Its candidates come out the same again, and need not be recorded.
+      embedder: Name of the embedder, or empty.
+      embedder_settings: Its settings, as canonical JSON.
+      lookahead: Variations whose mean embedding stands for a candidate.
+    """
+
+    subject: Subject
+    table: TableMutator | None
+    model: str
+    settings: str
+    is_exact: bool
+    embedder: str
+    embedder_settings: str
+    lookahead: int
+
+    @staticmethod
+    def of(
+        strategy: PrivateEvolution,
+        subject: Subject,
+        shares: Sequence[NDArray[np.float64]] | None,
+    ) -> "_Breeder":
+        """What a strategy's settings call for."""
+        schema = subject.schema
+        name, settings = strategy._model(schema)
+        embedder = strategy.embedder_for(schema)
+        others = len(schema.columns) > (subject.label >= 0)
+        return _Breeder(
+            subject,
+            TableMutator(tuple(tuple(p.tolist()) for p in shares or ())) if others else None,
+            name,
+            canonical(settings),
+            build_model(name, settings).capabilities().is_exact and embedder is None,
+            "" if embedder is None else strategy.embedder or embedder.name,
+            canonical(strategy.embedder_settings),
+            strategy.lookahead,
+        )
+
+    def asked(
+        self,
+        task: Literal["random", "vary"],
+        candidates: Candidates,
+        degree: float,
+        next_degree: float,
+        rng: np.random.Generator,
+    ) -> Generator[Generation, Any, Candidates]:
+        """Candidates proposed or varied, in all their parts."""
+        if self.table is not None and task == "random":
+            candidates = self.table.random(candidates, self.subject, rng)
+        elif self.table is not None:
+            candidates = self.table.vary(candidates, degree, self.subject, rng)
+        if _modality(self.subject.schema) == "table":
+            return candidates
+        request = Generation(
+            model=self.model,
+            settings=self.settings,
+            task=task,
+            candidates=replace(candidates, extras=_without_places(candidates.extras)),
+            degree=degree,
+            subject=self.subject,
+            seed=int(rng.integers(1 << 62)),
+            embedder=self.embedder,
+            embedder_settings=self.embedder_settings,
+            lookahead=self.lookahead,
+            lookahead_degree=next_degree,
+        )
+        if self.is_exact:
+            return make(request)
+        made: Candidates = yield request
+        return made
+
+
+def _modality(schema: Schema) -> Modality:
+    """What a public model is to make of the records."""
+    if schema.image is not None:
+        return "image"
+    return "table" if schema.text is None else "text"
+
+
+def _without_places(extras: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """All extras but embeddings, which are sent to clients and made anew."""
+    return {name: rows for name, rows in extras.items() if name != PLACES}
 
 
 def _blank(schema: Schema, label: int, num: int) -> Candidates:
@@ -446,44 +586,6 @@ def _shares(marginals: Histograms, noisy: NoisySum) -> list[NDArray[np.float64]]
         return None
     probs = [to_simplex(m.counts, total) for m in measured]
     return [p / p.sum() for p in probs]
-
-
-def _model(
-    schema: Schema, label: int, prior: Prior, shares: Sequence[NDArray[np.float64]] | None
-) -> VariationModel:
-    """The models that propose and vary whole records."""
-    num_cells, num_bins = columns_of(schema)
-    models: list[VariationModel] = [TableMutator(num_cells, num_bins, label, shares)]
-    if schema.image is not None:
-        models.append(_image_model(schema, prior, label))
-    return Variations(tuple(models))
-
-
-def _image_model(schema: Schema, prior: Prior, label: int | None = None) -> VariationModel:
-    """The model that varies images and, where `label` is given, draws them."""
-    if schema.image is None:
-        raise ConfigError("the schema has no image column")
-    if prior == "blobs":
-        return ImageAugmenter(schema.image.shape)
-    if prior == "strokes" or label is None:
-        return SketchArtist(schema.image.shape)
-    return SketchArtist(schema.image.shape, _digits(schema, label), label)
-
-
-def _digits(schema: Schema, label: int) -> NDArray[np.int64]:
-    """The digit that each label stands for."""
-    column = None if label < 0 else schema.columns[label]
-    listed = () if column is None else column.categories
-    if (
-        not listed
-        or not set(listed) <= set("0123456789")
-        or (column is not None and column.missing)
-    ):
-        raise ConfigError(
-            "prior = 'digits' needs a label whose categories are digits, without a cell for"
-            f" missing values; they are {', '.join(listed[:10]) or 'none'}. Use prior = 'strokes'"
-        )
-    return np.array([int(text) for text in listed], dtype=np.int64)
 
 
 def _one_each(shard: BoundedShard, salt: int) -> NDArray[np.int64]:

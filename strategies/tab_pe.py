@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.candidates import Candidates
 from ..core.errors import ConfigError
 from ..core.query import Contribution, NoisySum, Query, Rounds
 from ..core.records import BoundedShard, Records
@@ -23,7 +24,6 @@ from .parts.rounding import rounded_cells
 from .parts.settings import check_range, check_shares
 from .parts.simplex import pooled_total, to_simplex
 from .parts.tree_model import columns_of
-from .parts.variation import Candidates
 from .parts.votes import ballot, finder_of, label_of, labels_of, warn_of_drowned
 
 _WALKS = 0.5  # chance that an ordered cell moves to one nearby instead of being drawn anew

@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 from dp_accounting.dp_event import GaussianDpEvent
 from fedsynth.client import respond
+from fedsynth.core.errors import ConfigError
 from fedsynth.core.mechanism import clipped_sum
-from fedsynth.core.query import Choice, Contribution, Query, Strategy
-from fedsynth.simulation.check import check_strategy, made_up, small_images, small_table
+from fedsynth.core.query import Choice, Contribution, Query, Strategy, check_reads
+from fedsynth.simulation.check import (
+    check_strategy,
+    made_up,
+    small_images,
+    small_table,
+    small_texts,
+)
 from fedsynth.simulation.direct import non_private
 from fedsynth.strategies.independent import Columns, Independent
 from fedsynth.strategies.registry import build_strategy, strategy_names
@@ -46,6 +53,7 @@ TABLES_ONLY = {
     "relational",
 }
 CASES = [(name, schema) for name in strategy_names() for schema in ("table", "images")]
+WORDS = {"model": "words", "embedder": "word_hashes", "num_votes": 1}
 
 
 @pytest.mark.parametrize(("name", "schema"), CASES)
@@ -58,6 +66,21 @@ def test_a_strategy_keeps_all_it_owes(name, schema):
     findings = check_strategy(strategy, on)
 
     assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
+
+
+@pytest.mark.parametrize("vote", ["l2_clip", "l2_normalize", "l1", "one_record"])
+def test_private_evolution_of_texts_keeps_all_it_owes(vote):
+    settings = QUICK["private_evolution"] | WORDS | {"vote": vote}
+
+    findings = check_strategy(build_strategy("private_evolution", settings), small_texts())
+
+    assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
+
+
+@pytest.mark.parametrize("name", sorted({*strategy_names()} - {"private_evolution"}))
+def test_a_strategy_that_reads_no_texts_refuses_them(name):
+    with pytest.raises(ConfigError, match="does not read texts"):
+        check_reads(build_strategy(name, {}), small_texts())
 
 
 @pytest.mark.parametrize("settings", [{"max_norm": "auto"}, {"norm_quantile": 0.9}])

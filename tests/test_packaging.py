@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("client", "core", "server", "simulation", "strategies")
+FOLDERS = ("client", "core", "models", "server", "simulation", "strategies")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 HEAVY = {
     "alembic",

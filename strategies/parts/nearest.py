@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.embedding import STEPS
+
 _LEVELS = 255  # steps of a feature
 _COARSEST = 63  # with fewer steps than this in float32, float64 is taken, exact up to 2^53
 _EXACT32 = 1 << 24  # whole numbers up to here are exact in float32
 _CHUNK = 1 << 22  # features or distances held at a time
+_LONGEST = 2.0  # more than the square of an embedding's length, however coarsely it is rounded
 _SIDE = 14  # images are averaged down to at most this many pixels a side
 
 
@@ -40,11 +43,14 @@ class Finder:
     """Finds the nearest of a set of candidates.
 
     The squared distance is that of the columns, plus the sum of squared differences of the
-    images' pooled pixels, where white is 1. Among equally near ones the first counts.
+    images' pooled pixels, where white is 1, or that of embeddings of length one where there are
+    any. Among equally near ones the first counts.
 
     Args:
       codes: The candidates' codes, `(num_candidates, num_columns)`.
       images: The candidates' images, `(num_candidates, height, width, channels)`, or `None`.
+      places: The candidates' embeddings in whole steps, `(num_candidates, dim)`, each of about
+        one unit at most, or `None`. Images do not count beside them.
       groups: A record is compared with the candidates of its own group only,
         `(num_candidates,)`.
       metric: How codes differ.
@@ -57,6 +63,7 @@ class Finder:
         groups: NDArray[np.int64],
         *,
         metric: TableMetric,
+        places: NDArray[np.int16] | None = None,
     ) -> None:
         self._metric = metric
         codes = np.clip(codes, 0, metric.num_cells - 1)
@@ -66,13 +73,16 @@ class Finder:
             if j != metric.ignored
         }
         heaviest = max(1.0, metric.category_weight**2 / 2) * len(self._seen)
-        if images is not None:
+        most = _LEVELS
+        if places is not None:
+            heaviest, most = heaviest + _LONGEST, STEPS
+        elif images is not None:
             heaviest += pooled(images[:1])[0].size
         # a distance adds up terms of at most `3 * heaviest * levels**2`
         fitting = int(np.sqrt(_EXACT32 / max(1.0, 3 * heaviest)))
         self._dtype = np.float32 if fitting >= _COARSEST else np.float64
-        self._levels = min(_LEVELS, fitting) if fitting >= _COARSEST else _LEVELS
-        features = self._features(codes, images)
+        self._levels = min(most, fitting) if fitting >= _COARSEST else most
+        features = self._features(codes, images, places)
         self._chunk = max(1, _CHUNK // max(features.shape[1], len(codes), 1))
         self._groups = {
             int(group): (members := np.flatnonzero(groups == group), features[members].T)
@@ -85,6 +95,7 @@ class Finder:
         images: NDArray[np.uint8] | None,
         groups: NDArray[np.int64],
         num_nearest: int = 1,
+        places: NDArray[np.int16] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The nearest candidates of each record, and how far the very nearest is.
 
@@ -94,10 +105,12 @@ class Finder:
           images: The records' images, of the candidates' shape, or `None`.
           groups: Group of each record, `(num_records,)`.
           num_nearest: How many candidates; >= 1.
+          places: The records' embeddings, of the candidates' length, or `None`.
 
         Returns:
           Positions in rising order, `(num_records, num_nearest)`, and squared distances,
-          `(num_records,)`. Where a group has fewer candidates than that: -1 and infinity.
+          `(num_records,)`. Where a group has fewer candidates than that, and of a record whose
+          embedding is zeros: -1 and infinity.
         """
         found = np.full((len(codes), num_nearest), -1, dtype=np.int64)
         squared = np.full(len(codes), np.inf)
@@ -106,6 +119,7 @@ class Finder:
             features = self._features(
                 np.clip(codes[part], 0, self._metric.num_cells - 1),
                 None if images is None else images[part],
+                None if places is None else places[part],
             )
             for group, (members, candidates) in self._groups.items():
                 rows = np.flatnonzero(groups[part] == group)
@@ -123,10 +137,16 @@ class Finder:
                         squared[start + rows] = (least + (own**2).sum(axis=1)) / self._levels**2
                     np.put_along_axis(distance, best[:, k : k + 1], np.inf, axis=1)
                 found[start + rows] = np.sort(members[best], axis=1)
+        if places is not None:
+            nowhere = ~places.any(axis=1)
+            found[nowhere], squared[nowhere] = -1, np.inf
         return found, squared
 
     def _features(
-        self, codes: NDArray[np.int32], images: NDArray[np.uint8] | None
+        self,
+        codes: NDArray[np.int32],
+        images: NDArray[np.uint8] | None,
+        places: NDArray[np.int16] | None,
     ) -> NDArray[np.floating]:
         """Whole numbers whose squared distance is that of the records, `(num_records, dim)`."""
         parts = [np.zeros((len(codes), 0), dtype=self._dtype)]
@@ -141,7 +161,9 @@ class Finder:
             rows = np.flatnonzero(lit >= 0)
             block[rows, lit[rows]] = height
             parts.append(block)
-        if images is not None:
+        if places is not None:
+            parts.append(np.rint(places * (self._levels / STEPS)).astype(self._dtype))
+        elif images is not None:
             sums, white = pooled(images)
             levels = (sums * self._levels + white // 2) // white
             parts.append(levels.reshape(len(images), -1).astype(self._dtype))

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.candidates import Candidates
+from ...core.embedding import EMBEDDER, MOST_SQUARED
 from ...core.errors import ConfigError
+from ...core.generation import PLACES
 from ...core.query import Query
 from ...core.records import Records
 from ...core.schema import MAX_CELLS, Schema
 from .nearest import Finder, TableMetric
-from .variation import Candidates, columns_of
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ def ballot(
     clip: float,
     noise_multiplier: float,
     cells: bool,
+    fingerprint: str = "",
 ) -> Query:
     """The query for votes on a pool.
 
@@ -35,15 +38,19 @@ def ballot(
       clip: The query's.
       noise_multiplier: The query's.
       cells: Whether a user's votes are counted cells.
+      fingerprint: Of the embedder that placed the pool, if one did; clients check it.
     """
-    num_cells, num_bins = columns_of(schema)
+    num_cells, num_bins = _columns_of(schema)
     inputs: dict[str, NDArray[Any]] = {
         "codes": pool.codes,
         "num_cells": num_cells,
         "num_bins": num_bins,
         "label": np.array([label]),
     }
-    if pool.images is not None:
+    if PLACES in pool.extras:
+        inputs[PLACES] = pool.extras[PLACES]
+        inputs[EMBEDDER] = np.frombuffer(bytes.fromhex(fingerprint), dtype=np.uint8)
+    elif pool.images is not None:
         inputs["images"] = pool.images
     return Query(
         "votes",
@@ -63,7 +70,9 @@ def finder_of(query: Query, records: Records, category_weight: float) -> tuple[F
         not depend on any record.
     """
     given = dict(query.inputs)
-    images = given.pop("images", None)
+    images, places = given.pop("images", None), given.pop(PLACES, None)
+    given.pop(EMBEDDER, None)  # held against the client's own before anything was asked of it
+    seen = None if places is not None else records.images
     num_columns = records.codes.shape[1]
     if set(given) != {"codes", "num_cells", "num_bins", "label"}:
         raise ConfigError("a query for votes comes with other arrays than it should")
@@ -76,17 +85,38 @@ def finder_of(query: Query, records: Records, category_weight: float) -> tuple[F
         and label.shape == (1,)
         and -1 <= int(label[0]) < num_columns
         and ((codes >= 0) & (codes < cells)).all()
-        and (images is None) == (records.images is None)
+        and (images is None) == (seen is None)
         and (
             images is None
-            or records.images is None
-            or (images.dtype == np.uint8 and images.shape == (query.dim, *records.images.shape[1:]))
+            or seen is None
+            or (images.dtype == np.uint8 and images.shape == (query.dim, *seen.shape[1:]))
         )
+        and (places is None or _are_places(places, query.dim, records.places))
     ):
         raise ConfigError("a query for votes comes with arrays that contradict each other")
     position = int(label[0])
     metric = TableMetric(cells, bins, position, category_weight)
-    return Finder(codes, images, labels_of(codes, position), metric=metric), position
+    groups = labels_of(codes, position)
+    return Finder(codes, images, groups, metric=metric, places=places), position
+
+
+def _are_places(
+    places: NDArray[Any], num_candidates: int, of_records: NDArray[np.int16] | None
+) -> bool:
+    """Whether these are embeddings like those of the records, none of them too long to be exact."""
+    if of_records is None or places.dtype != np.int16:
+        return False
+    if places.shape != (num_candidates, of_records.shape[1]):
+        return False
+    squared = np.einsum("nd,nd->n", places, places, dtype=np.int64)
+    return bool((squared <= MOST_SQUARED).all())
+
+
+def _columns_of(schema: Schema) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cells of each column, and how many of them have an order."""
+    cells = np.array(schema.shape, dtype=np.int64)
+    bins = np.array([c.num_ordered_cells for c in schema.columns])
+    return cells, bins.astype(np.int64)
 
 
 def warn_of_drowned(num_drowned: int, num_rounds: int, num_candidates: int) -> None:

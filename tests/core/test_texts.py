@@ -56,6 +56,8 @@ def test_a_users_key_depends_on_own_texts_alone():
     first = keys(["hello", "you"], ["x"])
 
     assert keys(["x"], ["hello", "you"]).tolist() == first[::-1].tolist()
+    for number in range(20):  # words of 64 bits, of which floating-point numbers hold 53
+        assert keys([f"{number}"])[0] == keys([f"{number}"], ["hello", "x", "y"])[0]
     assert keys(["hello", "yoU"])[0] != first[0]
 
 

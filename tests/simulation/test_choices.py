@@ -9,7 +9,6 @@ from fedsynth.client.policy import Policy
 from fedsynth.client.respond import respond
 from fedsynth.client.site import simulated_site
 from fedsynth.core.choice import epsilon_of_choice
-from fedsynth.core.config import StrategySection
 from fedsynth.core.errors import ClientCode, ConfigError
 from fedsynth.core.privacy import NoisePlacement
 from fedsynth.core.query import NoisySum, trusts_server
@@ -29,14 +28,13 @@ from fedsynth.strategies.registry import build_strategy
 
 def configured(folder, strategy, placement="central", **settings):
     """A small run of a strategy, over the made-up population."""
-    config = small_run(folder, placement=placement)
-    section = StrategySection.model_validate({"name": strategy, **settings})
-    return config.model_copy(update={"strategy": section})
+    return small_run(folder, placement=placement, table_strategy={"name": strategy, **settings})
 
 
 def done(config):
     """Its release."""
-    return run_local(plan_of(config), stream=OsKeyStream(), data=made_up_population())
+    plan = plan_of(config)
+    return run_local(plan, stream=OsKeyStream(), data=made_up_population(plan.schema))
 
 
 def test_a_run_that_chooses_at_the_server_is_charged_sealed_and_replayed(tmp_path):

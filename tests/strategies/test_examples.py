@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fedsynth.core import accounting
+from fedsynth.core import accounting, plugins
 from fedsynth.core.decode import decode
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.mechanism import Lattice
@@ -160,9 +160,9 @@ def installed(monkeypatch, tmp_path):
         for module in (EXAMPLES / folder).glob("*.py"):
             (tmp_path / module.name).write_text(module.read_text(encoding="utf-8"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    registry._plugins.cache_clear()
+    plugins._plugins.cache_clear()
     yield
-    registry._plugins.cache_clear()
+    plugins._plugins.cache_clear()
 
 
 def test_installed_plug_ins_are_found_by_their_entry_points(installed):

@@ -14,8 +14,6 @@ from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Column, ImageColumn, Schema
 from fedsynth.simulation.direct import direct_run, non_private, prior
 from fedsynth.strategies.parts.nearest import Finder, TableMetric, pooled
-from fedsynth.strategies.parts.sketch import digit_sketches, rendered
-from fedsynth.strategies.parts.variation import Candidates, ImageAugmenter, TableMutator
 from fedsynth.strategies.private_evolution import Pool, PrivateEvolution
 
 ORIGIN = "public: made up for this test"
@@ -146,7 +144,7 @@ def test_on_digits_a_classifier_learns_more_from_votes_than_from_the_renderer_al
     from sklearn.linear_model import LogisticRegression
 
     shard, held, truth = digits()
-    strategy = PrivateEvolution(prior="digits", num_candidates=600, num_rounds=4)
+    strategy = PrivateEvolution(model="digits", num_candidates=600, num_rounds=4)
     noise = accounting.calibrate(lambda z: strategy.event(DIGITS, z), Budget(4.0, 1e-5))
 
     def accuracy(synthesizer):
@@ -379,9 +377,9 @@ def test_every_candidate_goes_back_to_one_of_the_first_pool_with_its_label():
     assert (learned.candidates.codes[:, 0] == labels[0][learned.origins]).all()
 
 
-@pytest.mark.parametrize("prior_name", ["strokes", "digits", "blobs"])
-def test_a_pool_of_images_survives_saving(prior_name):
-    strategy = PrivateEvolution(num_rounds=2, num_candidates=60, prior=prior_name)
+@pytest.mark.parametrize("model", ["strokes", "digits", "blobs"])
+def test_a_pool_of_images_survives_saving(model):
+    strategy = PrivateEvolution(num_rounds=2, num_candidates=60, model=model)
     learned = prior(strategy, DIGITS, 1.0, rng())
 
     again = Pool.restore(DIGITS, learned.settings(), learned.tensors())
@@ -416,7 +414,7 @@ def test_a_spoilt_pool_is_refused(name, spoil):
         ({"label": "x"}, PLANE, "must be a category"),
         ({"label": "z"}, PLANE, "no column"),
         ({"num_candidates": 29}, LABELLED, "use at least 30"),
-        ({"prior": "digits", "label": ""}, DIGITS, "needs a label"),
+        ({"model": "digits", "label": ""}, DIGITS, "needs a label"),
         ({}, Schema((TEN,), target="digit"), "nothing but the label"),
     ],
 )
@@ -434,7 +432,6 @@ def test_settings_that_do_not_fit_the_schema_are_refused(settings, schema, messa
         {"grounding": 1.0},
         {"max_norm": 2.0, "vote": "l1"},
         {"vote": "most"},
-        {"prior": "gan"},
         {"selection": "best"},
         {"threshold": -1.0},
         {"category_weight": float("nan")},
@@ -519,40 +516,6 @@ def test_a_group_with_too_few_candidates_finds_none():
 
     assert found.tolist() == [[0, 1], [-1, -1], [-1, -1]]
     assert np.isinf(squared[1:]).all()
-
-
-def test_a_mutated_number_moves_no_further_than_its_degree_and_a_label_never():
-    cells = np.array([10, 101, 4])
-    bins = np.array([0, 100, 0])
-    codes = np.column_stack([np.arange(2000) % 10, np.full(2000, 50), np.zeros(2000)])
-
-    made = TableMutator(cells, bins, fixed=0).vary(Candidates(codes.astype(np.int32)), 0.1, rng())
-
-    assert (made.codes[:, 0] == codes[:, 0]).all()
-    walked = made.codes[:, 1] != 100
-    assert np.abs(made.codes[walked, 1] - 50).max() == 10
-    assert 0 < (~walked).mean() < 0.01
-    assert (made.codes[:, 2] != 0).mean() == pytest.approx(0.075, abs=0.02)
-
-
-def test_an_image_warped_by_next_to_nothing_stays_as_it_was():
-    augmenter = ImageAugmenter((12, 10, 3))
-    start = augmenter.propose(Candidates(np.zeros((20, 1), np.int32)), rng())
-
-    nearly, far = (augmenter.vary(start, degree, rng(1)).images for degree in (1e-6, 0.8))
-
-    assert np.abs(nearly.astype(int) - start.images).max() <= 1
-    assert np.abs(far.astype(int) - start.images).mean() > 10
-
-
-def test_drawn_digits_look_like_their_digit():
-    from sklearn.neighbors import KNeighborsClassifier
-
-    drawn, asked = (np.arange(num) % 10 for num in (2000, 300))
-    train = rendered(digit_sketches(drawn, rng()), (16, 16, 1)).reshape(2000, -1)
-    test = rendered(digit_sketches(asked, rng(1)), (16, 16, 1)).reshape(300, -1)
-
-    assert KNeighborsClassifier(3).fit(train, drawn).score(test, asked) > 0.85
 
 
 def test_votes_that_drown_are_said_once_a_run_with_the_setting_that_helps(caplog):

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pen and paper: random line drawings, bent and rendered; public randomness only."""
+"""A pen and paper: line drawings, bent and rendered, a simulator for images of handwriting."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..core.candidates import Candidates
+from ..core.errors import ConfigError
+from ..core.generation import Subject
+from .variation import Capabilities, VariationModel, image_shape
 
 NUM_POINTS = 32
 _CHUNK = 1 << 21  # distances held at a time
@@ -82,17 +88,90 @@ class Sketches:
     def __len__(self) -> int:
         return len(self.points)
 
-    def take(self, index: NDArray[np.int64]) -> "Sketches":
-        """The drawings at `index`."""
-        return Sketches(self.points[index], self.pen[index], self.ink[index])
+    @property
+    def extras(self) -> dict[str, NDArray[Any]]:
+        """The drawings as `Candidates` carry them."""
+        return {"points": self.points, "pen": self.pen, "ink": self.ink}
 
-    def joined(self, others: "Sketches") -> "Sketches":
-        """These drawings and, behind them, others."""
-        return Sketches(
-            np.concatenate([self.points, others.points]),
-            np.concatenate([self.pen, others.pen]),
-            np.concatenate([self.ink, others.ink]),
+    @staticmethod
+    def of(candidates: Candidates) -> "Sketches":
+        """The drawings that candidates are renderings of.
+
+        Raises:
+          ConfigError: They were not drawn here.
+        """
+        if not {"points", "pen", "ink"} <= set(candidates.extras):
+            raise ConfigError("these candidates are no drawings, so that no pen can vary them")
+        return Sketches(*(candidates.extras[name] for name in ("points", "pen", "ink")))
+
+
+@dataclass(frozen=True)
+class Strokes(VariationModel):
+    """Draws random curves with a pen, and bends them."""
+
+    name: ClassVar[str] = "strokes"
+
+    def capabilities(self) -> Capabilities:
+        """Images, in this process."""
+        return Capabilities("image")
+
+    def random(self, blank: Candidates, subject: Subject, rng: np.random.Generator) -> Candidates:
+        """A drawing each, rendered."""
+        return _drawn(blank, random_sketches(len(blank), rng), subject)
+
+    def vary(
+        self, candidates: Candidates, degree: float, subject: Subject, rng: np.random.Generator
+    ) -> Candidates:
+        """The drawings bent and rendered again."""
+        return _drawn(candidates, bent(Sketches.of(candidates), degree, rng), subject)
+
+
+@dataclass(frozen=True)
+class Digits(Strokes):
+    """Draws the digit that a candidate's label says, in one of many ways of writing it."""
+
+    name: ClassVar[str] = "digits"
+
+    def check(self, subject: Subject) -> None:
+        """Refuse what is no image of a digit.
+
+        Raises:
+          ConfigError: There is no image column, or the label's categories are no digits.
+        """
+        super().check(subject)
+        _digits(subject)
+
+    def random(self, blank: Candidates, subject: Subject, rng: np.random.Generator) -> Candidates:
+        """A digit each, rendered.
+
+        Raises:
+          ConfigError: The label's categories are no digits.
+        """
+        digits = _digits(subject)[blank.codes[:, subject.label]]
+        return _drawn(blank, digit_sketches(digits, rng), subject)
+
+
+def _drawn(candidates: Candidates, sketches: Sketches, subject: Subject) -> Candidates:
+    """Candidates with other drawings."""
+    images = rendered(sketches, image_shape(subject.schema))
+    return replace(candidates, images=images, extras=sketches.extras)
+
+
+def _digits(subject: Subject) -> NDArray[np.int64]:
+    """The digit that each label stands for."""
+    label = subject.label
+    column = None if label < 0 else subject.schema.columns[label]
+    listed = () if column is None else column.categories
+    if (
+        not listed
+        or not set(listed) <= set("0123456789")
+        or (column is not None and column.missing)
+    ):
+        raise ConfigError(
+            "model = 'digits' needs a label whose categories are digits, without a cell for"
+            f" missing values; they are {', '.join(listed[:10]) or 'none'}. Use model = 'strokes'"
         )
+    return np.array([int(text) for text in listed], dtype=np.int64)
 
 
 def digit_sketches(digits: NDArray[np.int64], rng: np.random.Generator) -> Sketches:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answer generations by the models that they name."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.candidates import Candidates
+from ..core.embedding import Embedder, whole
+from ..core.errors import ConfigError, DataError, FedsynthError
+from ..core.generation import PLACES, Generation
+from .registry import build_embedder, build_model
+from .variation import VariationModel
+
+
+def make(request: Generation) -> Candidates:
+    """What a public model makes of a request, placed if the request names an embedder.
+
+    Raises:
+      ConfigError: There is no such model, or it cannot make records of this schema.
+      FedsynthError: The model gave something that is no candidates of it.
+    """
+    model = build_model(request.model, json.loads(request.settings))
+    rng = np.random.default_rng(request.seed)
+    given, subject = request.candidates, request.subject
+    if request.task == "random":
+        made = model.random(given, subject, rng)
+    else:
+        made = model.vary(given, request.degree, subject, rng)
+    try:
+        made.check(subject.schema)
+        if len(made) != len(given):
+            raise DataError(f"{len(made)} candidates where {len(given)} were asked for")
+    except DataError as error:
+        raise FedsynthError(f"model {request.model!r} gave {error}") from error
+    if not request.embedder:
+        return made
+    places = _places(request, model, made, rng)
+    return replace(made, extras={**made.extras, PLACES: places})
+
+
+def _places(
+    request: Generation, model: VariationModel, made: Candidates, rng: np.random.Generator
+) -> NDArray[np.int16]:
+    """Embeddings of candidates, or the mean of those of their variations."""
+    embedder = build_embedder(request.embedder, json.loads(request.embedder_settings))
+    if not request.lookahead:
+        return whole(embedded(embedder, made))
+    total = np.zeros((len(made), embedder.dim))
+    for _ in range(request.lookahead):
+        varied = model.vary(made, request.lookahead_degree, request.subject, rng)
+        total += embedded(embedder, varied)
+    return whole(total / request.lookahead)
+
+
+def embedded(embedder: Embedder, candidates: Candidates) -> NDArray[np.float32]:
+    """Embeddings of candidates, `(num_candidates, dim)`.
+
+    Raises:
+      ConfigError: They have nothing of the kind that the embedder places.
+    """
+    parts: dict[str, list[str] | NDArray[np.uint8] | None] = {
+        "text": None if candidates.texts is None else candidates.texts.tolist(),
+        "image": candidates.images,
+    }
+    part = parts[embedder.modality]
+    if part is None:
+        raise ConfigError(
+            f"embedder {embedder.name!r} places {embedder.modality}s, and the schema has no"
+            f" {embedder.modality} column"
+        )
+    return embedder.embed(part)

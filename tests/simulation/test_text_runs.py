@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs over free texts: what models made is kept, replayed, and never made twice."""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fedsynth.client import placing
+from fedsynth.client.placing import placed
+from fedsynth.client.shard import Shard
+from fedsynth.core.config import parse_config
+from fedsynth.core.errors import ConfigError, Interrupted, SecurityRefusal
+from fedsynth.core.randomness import OsKeyStream
+from fedsynth.core.records import BoundedShard, Records
+from fedsynth.core.schema import Column, Schema, TextColumn
+from fedsynth.core.texts import as_texts
+from fedsynth.models import registry
+from fedsynth.models.words import WordHashes, Words
+from fedsynth.server import generations
+from fedsynth.server.planned import Plan, plan_of, unfinished
+from fedsynth.server.release import Release, verify
+from fedsynth.simulation.run import run_local
+from fedsynth.strategies import private_evolution
+
+TOPICS = ("ubuntu kernel boot disk", "football goal team league", "recipe butter oven sugar")
+LABEL = Column("topic", "category", "public: three channels", categories=("0", "1", "2"))
+SCHEMA = Schema((LABEL,), target="topic", text=TextColumn("message", 120))
+WORDS = tuple(sorted({word for topic in TOPICS for word in topic.split()}))
+
+
+def population(num_users=400, seed=0):
+    """Users who write three messages each, of four words of their topic."""
+    rng = np.random.default_rng(seed)
+    topics = rng.integers(3, size=num_users).repeat(3)
+    texts = [" ".join(rng.choice(TOPICS[topic].split(), 4)) for topic in topics]
+    records = Records(topics[:, None].astype(np.int32), texts=as_texts(texts))
+    return Shard(records, np.array([f"u{i}" for i in np.arange(num_users).repeat(3)]))
+
+
+def planned(base: Path, run="run-1", **strategy) -> Plan:
+    (base / "schema.json").write_text(json.dumps(SCHEMA.to_json()))
+    settings = {
+        "num_rounds": 3,
+        "num_candidates": 60,
+        "num_votes": 1,
+        "model": "words",
+        "model_settings": {"words": list(WORDS), "max_words": 6},
+        "embedder": "word_hashes",
+    }
+    config = {
+        "population": {"name": "chat", "num_users": 400, "epsilon": 50.0, "delta": 1e-4,
+                       "accept_weak": True},
+        "data": {"schema": "schema.json"},
+        "unit": {"column": "user", "max_records": 3},
+        "budget": {"epsilon": 20.0, "accept_weak": True},
+        "strategy": {"name": "private_evolution"} | settings | strategy,
+        "engine": {"clients": 2},
+        "release": {"num_records": 90},
+    }  # fmt: skip
+    return plan_of(parse_config(config, base=base), run=run)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("whole")
+    return run_local(planned(base), stream=OsKeyStream(), data=population())
+
+
+def test_a_release_of_texts_holds_what_models_made_and_replays_without_them(whole, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a replay asked a model")
+
+    monkeypatch.setattr(Words, "random", refuse)
+    monkeypatch.setattr(Words, "vary", refuse)
+    monkeypatch.setattr(WordHashes, "embed", refuse)
+
+    assert sorted(path.name for path in (whole / "generations").iterdir()) == [
+        "000001.safetensors",
+        "000002.safetensors",
+        "000003.safetensors",
+    ]
+    assert [check for check in verify(whole, replay=True) if not check.ok] == []
+    assert not whole.with_name(f"{whole.name}.unfinished").exists()
+
+
+def test_texts_come_to_look_like_their_topic(whole):
+    data = Release.open(whole).data.to_pylist()
+
+    def on_topic(row):
+        words = row["message"].split()
+        return sum(word in TOPICS[int(row["topic"])].split() for word in words) / len(words)
+
+    assert len(data) == 90
+    assert np.mean([on_topic(row) for row in data]) > 0.6  # a third, where nobody votes
+
+
+def test_a_generation_that_was_exchanged_is_noticed(whole, tmp_path):
+    folder = tmp_path / "forged"
+    shutil.copytree(whole, folder)
+    first, second = (folder / generations.name_of(number) for number in (1, 2))
+    first.write_bytes(second.read_bytes())
+
+    assert any("000001" in check.detail for check in verify(folder) if not check.ok)
+    source = generations.recorded({generations.name_of(1): second.read_bytes()})
+    steps = planned(tmp_path).strategy.rounds(SCHEMA, 1.0, np.random.default_rng(0))
+    first_request = next(steps)
+    with pytest.raises(SecurityRefusal, match="another request"):
+        source(first_request)
+
+
+def test_a_stopped_run_resumes_with_the_candidates_it_had(tmp_path, monkeypatch):
+    plan = planned(tmp_path)
+    asked: list[str] = []
+    real = generations.make
+
+    def counted(request):
+        asked.append(request.digest)
+        return real(request)
+
+    monkeypatch.setattr(generations.kept, "__defaults__", (counted,))
+
+    def stop_after(round_):
+        def listen(event):
+            if event.round == round_ and not event.replayed:
+                raise KeyboardInterrupt
+
+        return listen
+
+    for round_ in (1, 2):
+        again = plan if round_ == 1 else unfinished(folder_of(plan))
+        with pytest.raises(Interrupted):
+            run_local(again, stream=OsKeyStream(), data=population(), on_event=stop_after(round_))
+    release = run_local(unfinished(folder_of(plan)), stream=OsKeyStream(), data=population())
+
+    assert len(asked) == len(set(asked)) == 3
+    assert [check for check in verify(release, replay=True) if not check.ok] == []
+
+
+def folder_of(plan: Plan) -> Path:
+    return plan.config.path(plan.config.release.path) / f"{plan.run}.unfinished"
+
+
+def test_embeddings_are_made_once_a_shard_and_kept_with_their_owner_alone(tmp_path, monkeypatch):
+    given: list[int] = []
+    real = WordHashes.embed
+
+    def counted(self, records):
+        given.append(len(records))
+        return real(self, records)
+
+    monkeypatch.setattr(WordHashes, "embed", counted)
+    shard = population(20, seed=9)
+    users = BoundedShard(shard.records, np.arange(20).repeat(3), 20, 3)
+
+    first = placed(users, WordHashes(), tmp_path)
+    placing._recent.cache_clear()
+    again = placed(users, WordHashes(), tmp_path)
+    other = placed(users, WordHashes(64), tmp_path)
+
+    assert given == [60, 60]
+    assert np.array_equal(first.records.places, again.records.places)
+    assert other.records.places.shape == (60, 64)
+    files = list(tmp_path.iterdir())
+    assert len(files) == 2
+    assert all(file.stat().st_mode & 0o077 == 0 for file in files)
+
+
+def test_a_damaged_file_of_embeddings_is_made_anew(tmp_path):
+    shard = population(4, seed=8)
+    users = BoundedShard(shard.records, np.arange(4).repeat(3), 4, 3)
+    first = placed(users, WordHashes(), tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-7])
+    placing._recent.cache_clear()
+
+    assert np.array_equal(
+        placed(users, WordHashes(), tmp_path).records.places, first.records.places
+    )
+
+
+class Other(WordHashes):
+    """The same embedder but for its fingerprint, as another version is."""
+
+    def fingerprint(self):
+        return "00" * 32
+
+
+def test_clients_with_another_embedder_refuse_and_the_run_says_what_to_do(tmp_path, monkeypatch):
+    plan = planned(tmp_path)
+    real, calls = registry.build_embedder, []
+
+    def other_at_clients(name, settings):
+        at_client = any("respond" in frame.filename for frame in inspect.stack())
+        calls.append(at_client)
+        return Other() if at_client else real(name, settings)
+
+    monkeypatch.setattr(private_evolution, "build_embedder", other_at_clients)
+    with pytest.raises(ConfigError, match="embedder is not the server's"):
+        run_local(plan, stream=OsKeyStream(), data=population())
+
+    assert True in calls
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model": "strokes", "model_settings": {}}, "makes images"),
+        ({"model": "gpt"}, "no model 'gpt'"),
+        ({"model_settings": {"max_words": 0}}, "max_words of 1"),
+        ({"embedder": "nothing"}, "no embedder 'nothing'"),
+        ({"embedder_settings": {"size": 2}}, "size must be"),
+        ({"lookahead": 65}, "lookahead must be"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_spent(tmp_path, settings, says):
+    with pytest.raises(ConfigError, match=says):
+        planned(tmp_path, **settings)
