@@ -3,37 +3,43 @@
 
 import json
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..core.candidates import Candidates
 from ..core.embedding import Embedder
-from ..core.errors import ConfigError, DataError
-from ..core.generation import PLACES, Generation, Subject
+from ..core.errors import ConfigError
+from ..core.generation import PLACES, Subject
 from ..core.query import Contribution, NoisySum, Query, Steps, Strategy
-from ..core.records import BoundedShard, Records
+from ..core.records import BoundedShard
 from ..core.schema import Schema
-from ..core.synthesizer import Synthesizer
-from ..models.live import make
-from ..models.registry import build_embedder, build_model, canonical
-from ..models.table import TableMutator
-from ..models.variation import Modality
+from ..models.registry import build_embedder, build_model
+from .parts.breeder import Breeder, modality_of, without_places
 from .parts.histograms import Grid, Histograms, cells_of, norm_clip
-from .parts.rounding import rounded_cells
+from .parts.parents import Choosing, Selection
+from .parts.pool import Pool
 from .parts.settings import check_range
 from .parts.simplex import pooled_total, to_simplex
-from .parts.votes import ballot, finder_of, label_of, labels_of, warn_of_drowned
+from .parts.tally import Estimate, Tally, clusters_of
+from .parts.votes import (
+    ballot,
+    features_of,
+    finder_of,
+    label_of,
+    labels_of,
+    tally_of,
+    warn_of_drowned,
+)
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
 Vote = Literal["l2_clip", "l2_normalize", "l1", "one_record"]
 _USUAL_MODEL = {"table": "table", "image": "strokes", "text": "writer"}
-_SAMPLED_AT_ONCE = 4096  # images drawn at a time
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,13 @@ class PrivateEvolution(Strategy):
 
     Attributes:
       num_rounds: Rounds of votes, all with the same noise.
-      num_candidates: Size of the pool, the same for each label. Noise is per candidate and votes
-        are shared among them: take fewer for few users or a small epsilon.
+      num_candidates: Size of the pool. Noise is per candidate and votes are shared among them:
+        take fewer for few users or a small epsilon.
       label: Category column that records and candidates must agree on. `None`: the schema's
         target, where that is a category. `""`: none.
+      label_shares: Share of the pool that each of the label's categories has, and of the records,
+        as is publicly known. Empty: the pool is dealt out evenly, and the votes say how the
+        records are.
       vote: What a user's vector is, and so what the pool's weights estimate.
 
         - `l2_clip`: the sum of the votes of the user's records, scaled down where it is longer
@@ -73,6 +82,13 @@ class PrivateEvolution(Strategy):
       threshold: Votes below this many standard deviations of the noise are dropped and all
         others lowered by as much. `None`: the noisy votes are projected onto the simplex, which
         lowers them by what the noise calls for.
+      remember: Votes for a candidate are held against those for its parent in the last round,
+        weighted by the noise in each: less noise, and slower to change.
+      num_clusters: A vote counts for about so many clusters of candidates too, whose larger counts
+        stand out from the noise where single candidates do not; 0: none. For large pools.
+      cluster_share: Of a vote's squared norm, what its cluster has.
+      max_lineage: The most of a label's candidates that may descend from one candidate of the
+        first pool, as a share, against a loss of diversity; 1: no limit.
       degree_first: How far the first offspring vary, in (0, 1].
       degree_last: The same for the last; between them it changes by a constant factor.
       sample_degree: How far an image is varied once more whenever it is sampled; 0: not at all.
@@ -109,10 +125,15 @@ class PrivateEvolution(Strategy):
     vote: Vote = "l2_clip"
     max_norm: float = 1.0
     num_votes: int = 3
-    selection: Literal["sample", "rank"] = "sample"
+    label_shares: tuple[float, ...] = ()
+    selection: Selection = "sample"
     num_variations: int = 3
     keep_parents: bool = True
     threshold: float | None = None
+    remember: bool = False
+    num_clusters: int = 0
+    cluster_share: float = 0.5
+    max_lineage: float = 1.0
     degree_first: float = 0.5
     degree_last: float = 0.2
     sample_degree: float = 0.15
@@ -153,7 +174,22 @@ class PrivateEvolution(Strategy):
             raise ConfigError(f"threshold must be a number of 0 or more, not {self.threshold!r}")
         if not 0 <= self.lookahead <= 64:
             raise ConfigError(f"lookahead must be 0 to 64, not {self.lookahead!r}")
-        known = {"vote": Vote, "selection": Literal["sample", "rank"]}
+        if not 0 <= self.num_clusters <= self.num_candidates:
+            raise ConfigError(
+                f"num_clusters must be 0 to num_candidates, not {self.num_clusters!r}"
+            )
+        if self.num_clusters and self.threshold is not None:
+            raise ConfigError("clusters are read by projection: leave threshold out")
+        for key in ("cluster_share", "max_lineage"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ConfigError(f"{key} must lie in (0, 1], not {getattr(self, key)!r}")
+        if self.cluster_share == 1:
+            raise ConfigError("cluster_share = 1 leaves nothing for the candidates")
+        if self.label_shares and not (
+            min(self.label_shares) > 0 and abs(sum(self.label_shares) - 1) < 1e-6
+        ):
+            raise ConfigError("label_shares must be above 0 and add up to 1")
+        known = {"vote": Vote, "selection": Selection}
         for key, choices in known.items():
             if getattr(self, key) not in choices.__args__:  # type: ignore[attr-defined]
                 raise ConfigError(f"{key} must be one of {', '.join(choices.__args__)}")  # type: ignore[attr-defined]
@@ -175,23 +211,30 @@ class PrivateEvolution(Strategy):
             marginals = _marginals(schema)
             asked = marginals.query("marginals", noise_multiplier=noises[0], max_norm=self.max_norm)
             shares = _shares(marginals, (yield asked))
-        breeder = _Breeder.of(self, Subject(schema, label), shares)
-        blank = _blank(schema, label, self.num_candidates)
+        breeder = self._breeder(schema, label, shares)
+        blank = self._blank(schema, label)
         pool = yield from breeder.asked("random", blank, 0.0, self._degree(0), rng)
         weights = np.full(len(pool), 1 / len(pool))
         lineage: list[NDArray[np.int64]] = []
+        origins = families = np.arange(len(pool))
+        earlier: Estimate | None = None
         num_drowned = 0
         for number in range(self.num_rounds):
-            noisy: NoisySum = yield self._ballot(schema, label, pool, noises[-1])
-            fitness = self._fitness(noisy)
+            groups = labels_of(pool.codes, label)
+            tally = self._tally(schema, label, pool, groups)
+            noisy: NoisySum = yield self._ballot(schema, label, pool, tally, noises[-1])
+            found = None if noisy.is_void else tally.read(noisy, earlier, families)
+            fitness = None if found is None else self._fitness(noisy, tally, found)
             num_drowned += fitness is None and not noisy.is_void
             weights = weights if fitness is None else fitness
             if number == self.num_rounds - 1:
                 break
-            if fitness is None:  # nothing was learned: the same pool is asked about again
+            if (
+                fitness is None or found is None
+            ):  # nothing was learned: the same pool is asked about again
                 lineage.append(np.arange(len(pool)))
                 continue
-            kept, varied = self._parents(weights, labels_of(pool.codes, label), rng)
+            kept, varied = self._choosing.parents(weights, groups, origins, rng)
             degree, next_degree = self._degree(number), self._degree(number + 1)
             offspring = yield from breeder.asked(
                 "vary", pool.take(varied), degree, next_degree, rng
@@ -199,13 +242,15 @@ class PrivateEvolution(Strategy):
             pool = Candidates.joined([pool.take(kept), offspring])
             parents = np.concatenate([kept, varied])
             lineage.append(parents)
+            origins, families = origins[parents], parents
+            earlier = found.of_offspring(parents, fitness) if self.remember else None
             weights = weights[parents] / np.bincount(parents, minlength=len(weights))[parents]
             weights /= weights.sum()
         warn_of_drowned(num_drowned, self.num_rounds, len(pool))
         return Pool(
             schema=schema,
-            candidates=replace(pool, extras=_without_places(pool.extras)),
-            weights=weights,
+            candidates=replace(pool, extras=without_places(pool.extras)),
+            weights=self._as_declared(weights, labels_of(pool.codes, label)),
             lineage=np.array(lineage, dtype=np.int32).reshape(-1, len(pool)),
             label=label,
             model=breeder.model,
@@ -238,12 +283,18 @@ class PrivateEvolution(Strategy):
         )
         voting = votes[:, 0] >= 0
         votes, users = votes[voting], shard.user_index[chosen][voting]
+        tally = tally_of(query, self.cluster_share)
+        cells, heights = tally.cells(votes), tally.heights(self.num_votes)
         if self._is_linear:
-            return Contribution.cells(votes, users, num_users=shard.num_users)
+            return Contribution.cells(cells, users, num_users=shard.num_users, weights=heights)
         rows = np.zeros((shard.num_users, query.dim), dtype=np.float32)
-        np.add.at(rows, (users[:, None], votes), 1)
-        lengths = np.linalg.norm(rows, ord=1 if self.vote == "l1" else 2, axis=1, keepdims=True)
-        return Contribution.rows(rows / np.maximum(lengths, 1.0))  # a vote is 1 or more long
+        np.add.at(rows, (users[:, None], cells), heights.astype(np.float32))
+        if self.vote == "l1":
+            lengths = np.bincount(users, minlength=shard.num_users) * float(self.num_votes)
+        else:
+            lengths = np.linalg.norm(rows, axis=1)
+        rows /= np.where(lengths > 0, lengths, 1.0)[:, None].astype(np.float32)
+        return Contribution.rows(rows)
 
     @property
     def _is_linear(self) -> bool:
@@ -260,14 +311,18 @@ class PrivateEvolution(Strategy):
                 f" num_votes = {self.num_votes}; use at least {labels * self.num_votes}, or"
                 " label = '' to go without a label"
             )
-        if _modality(schema) == "table" and len(schema.columns) == (label >= 0):
+        if modality_of(schema) == "table" and len(schema.columns) == (label >= 0):
             raise ConfigError("the schema holds nothing but the label; set label = ''")
         name, settings = self._model(schema)
         build_model(name, settings).check(Subject(schema, label))
         embedder = self.embedder_for(schema)
-        if embedder is not None and embedder.modality != _modality(schema):
+        if embedder is not None and embedder.modality != modality_of(schema):
             raise ConfigError(
                 f"embedder {embedder.name!r} places {embedder.modality}s, and the schema holds none"
+            )
+        if self.label_shares and len(self.label_shares) != labels:
+            raise ConfigError(
+                f"label_shares has {len(self.label_shares)} shares for {labels} categories"
             )
         if self.lookahead and embedder is None:
             raise ConfigError("lookahead needs an embedder, whose embeddings have a mean")
@@ -283,7 +338,7 @@ class PrivateEvolution(Strategy):
 
     def _model(self, schema: Schema) -> tuple[str, dict[str, Any]]:
         """Name and settings of the model."""
-        return self.model or _USUAL_MODEL[_modality(schema)], self.model_settings
+        return self.model or _USUAL_MODEL[modality_of(schema)], self.model_settings
 
     def _noises(self, schema: Schema, noise_multiplier: float) -> tuple[float, ...]:
         """Noise multiplier of each query, in order."""
@@ -294,9 +349,46 @@ class PrivateEvolution(Strategy):
         share = (1 - sum(grounding)) / self.num_rounds
         return split(noise_multiplier, grounding + [share] * self.num_rounds)
 
-    def _ballot(self, schema: Schema, label: int, pool: Candidates, noise: float) -> Query:
+    def _breeder(
+        self, schema: Schema, label: int, shares: Sequence[NDArray[np.float64]] | None
+    ) -> Breeder:
+        """What proposes and varies candidates."""
+        model, settings = self._model(schema)
+        embedder = self.embedder_for(schema)
+        return Breeder.of(
+            Subject(schema, label),
+            shares,
+            model=model,
+            settings=settings,
+            embedder="" if embedder is None else self.embedder or embedder.name,
+            embedder_settings=self.embedder_settings,
+            lookahead=self.lookahead,
+        )
+
+    @property
+    def _choosing(self) -> Choosing:
+        """How parents are chosen."""
+        return Choosing(self.selection, self.num_variations, self.keep_parents, self.max_lineage)
+
+    def _tally(
+        self, schema: Schema, label: int, pool: Candidates, groups: NDArray[np.int64]
+    ) -> Tally:
+        """What the votes on a pool are counted in."""
+        if not self.num_clusters:
+            return Tally(len(pool))
+        features = features_of(schema, label, pool, self.category_weight)
+        clusters = clusters_of(features, groups, self.num_clusters)
+        return Tally(len(pool), clusters, self.cluster_share)
+
+    def _ballot(
+        self, schema: Schema, label: int, pool: Candidates, tally: Tally, noise: float
+    ) -> Query:
         """The query for votes on a pool."""
-        clip = norm_clip(np.ones(self.num_votes), self.max_norm) if self._is_linear else 1.0
+        clip = 1.0
+        if self._is_linear:
+            clip = norm_clip(np.ones(1), self.max_norm) * tally.longest(self.num_votes)
+        elif self.vote == "l1":
+            clip = tally.longest(1)
         embedder = self.embedder_for(schema)
         return ballot(
             schema,
@@ -306,270 +398,48 @@ class PrivateEvolution(Strategy):
             noise_multiplier=noise,
             cells=self._is_linear,
             fingerprint="" if embedder is None else embedder.fingerprint(),
+            clusters=tally.clusters,
         )
 
-    def _fitness(self, noisy: NoisySum) -> NDArray[np.float64] | None:
+    def _fitness(
+        self, noisy: NoisySum, tally: Tally, found: Estimate
+    ) -> NDArray[np.float64] | None:
         """Each candidate's share of the votes; `None` where the noise leaves nothing to see."""
-        if noisy.is_void:
-            return None
-        if self.threshold is not None:
-            above = np.maximum(noisy.vector - self.threshold * noisy.stddev, 0.0)
-            total = float(above.sum())
-            shares = above / total if total > 0 else None
-        else:
-            total = pooled_total([(noisy.vector, noisy.stddev)])
-            shares = to_simplex(noisy.vector, total) / total if total > 0 else None
-        return shares
+        if self.threshold is None:
+            return tally.shares(noisy, found)
+        above = np.maximum(found.votes - self.threshold * np.sqrt(found.variance), 0.0)
+        total = float(above.sum())
+        return above / total if total > 0 else None
 
-    def _parents(
-        self,
-        fitness: NDArray[np.float64],
-        groups: NDArray[np.int64],
-        rng: np.random.Generator,
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Candidates that stay, and candidates to vary, one entry for each variation.
+    def _blank(self, schema: Schema, label: int) -> Candidates:
+        """Candidates with a label, as many of each as it has a share, and nothing else."""
+        codes = np.zeros((self.num_candidates, len(schema.columns)), dtype=np.int32)
+        if label >= 0:
+            shares = np.array(self.label_shares or np.ones(schema.shape[label]))
+            spare = self.num_candidates - self.num_votes * len(shares)  # a label needs some
+            ends = np.rint(np.cumsum(shares / shares.sum()) * spare).astype(np.int64)
+            sizes = np.diff(ends, prepend=0) + self.num_votes
+            codes[:, label] = np.repeat(np.arange(len(shares)), sizes)
+        return Candidates(codes)
 
-        A label keeps its number of candidates; one that got no votes keeps its candidates.
-        """
-        kept, varied = [], []
-        for group in np.unique(groups):
-            members = np.flatnonzero(groups == group)
-            fit, room = fitness[members], len(members)
-            if not fit.sum() > 0:
-                kept.append(members)
-                continue
-            if self.selection == "rank":
-                num_parents = max(1, room // (self.num_variations + self.keep_parents))
-                best = np.argsort(-fit, kind="stable")[:num_parents]
-                parents = np.resize(members[best[fit[best] > 0]], room)
-            else:
-                parents = members[rounded_cells(fit, room, rng)]
-            _, first = np.unique(parents, return_index=True)
-            stays = np.zeros(room, dtype=np.bool_)
-            stays[first] = self.keep_parents
-            kept.append(parents[stays])
-            varied.append(parents[~stays])
-        nobody = np.zeros(0, dtype=np.int64)
-        return np.concatenate([nobody, *kept]), np.concatenate([nobody, *varied])
+    def _as_declared(
+        self, weights: NDArray[np.float64], groups: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """The weights, with each label's sum as `label_shares` declares it."""
+        if not self.label_shares:
+            return weights
+        scaled = weights.copy()
+        for group, share in enumerate(self.label_shares):
+            members = groups == group
+            total = float(weights[members].sum())
+            fit = weights[members] / total if total > 0 else 1 / members.sum()
+            scaled[members] = share * fit
+        return np.asarray(scaled / scaled.sum())
 
     def _degree(self, number: int) -> float:
         """How far the offspring of a round vary."""
         passed = number / max(1, self.num_rounds - 2)
         return float(self.degree_first * (self.degree_last / self.degree_first) ** passed)
-
-
-@dataclass(frozen=True, eq=False)
-class Pool(Synthesizer):
-    """Weighted candidates.
-
-    Attributes:
-      schema: Schema of the records.
-      candidates: The last round's pool.
-      weights: Probability of each candidate, `(num_candidates,)`.
-      lineage: Whom each candidate came from: `lineage[t, i]` is the position, in the pool of
-        round t, of the parent of candidate i of round t + 1, `(num_rounds - 1, num_candidates)`.
-      label: Column whose category a candidate was made for, or -1.
-      model: What made the images or texts.
-      model_settings: Its settings.
-      sample_degree: How far an image is varied when it is sampled.
-    """
-
-    schema: Schema
-    candidates: Candidates
-    weights: NDArray[np.float64]
-    lineage: NDArray[np.int32]
-    label: int
-    model: str
-    model_settings: dict[str, Any]
-    sample_degree: float
-    kind: ClassVar[str] = "pool"
-
-    @property
-    def origins(self) -> NDArray[np.int64]:
-        """Position in the first pool of each candidate's ancestor, `(num_candidates,)`."""
-        origin = np.arange(len(self.candidates))
-        for parents in self.lineage[::-1]:
-            origin = parents[origin]
-        return origin.astype(np.int64)
-
-    def sample(self, num_records: int, rng: np.random.Generator) -> Records:
-        """Candidates, each as often as its weight says, give or take one; images vary."""
-        drawn = rng.permutation(rounded_cells(self.weights, num_records, rng))
-        if self.candidates.images is None or not self.sample_degree:
-            chosen = self.candidates.take(drawn)
-            return Records(chosen.codes, chosen.images, texts=chosen.texts)
-        model = build_model(self.model, self.model_settings)
-        subject = Subject(self.schema, self.label)
-        images = np.empty((num_records, *self.candidates.images.shape[1:]), dtype=np.uint8)
-        for start in range(0, num_records, _SAMPLED_AT_ONCE):
-            part = self.candidates.take(drawn[start : start + _SAMPLED_AT_ONCE])
-            varied = model.vary(part, self.sample_degree, subject, rng).images
-            if varied is not None:
-                images[start : start + _SAMPLED_AT_ONCE] = varied
-        return Records(self.candidates.codes[drawn], images)
-
-    def settings(self) -> dict[str, Any]:
-        """What made the candidates, and how far they vary."""
-        return {
-            "label": self.label,
-            "model": self.model,
-            "model_settings": self.model_settings,
-            "sample_degree": self.sample_degree,
-        }
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """The candidates, their weights and their lineage."""
-        return {
-            **self.candidates.tensors(),
-            "weights": self.weights,
-            "lineage": self.lineage,
-        }
-
-    @classmethod
-    def restore(
-        cls, schema: Schema, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
-    ) -> Self:
-        """The pool that was saved.
-
-        Raises:
-          ConfigError: The arrays are not those of a pool of this schema.
-        """
-        model, degree, label = (settings.get(k) for k in ("model", "sample_degree", "label"))
-        given = settings.get("model_settings")
-        try:
-            candidates = Candidates.restore(schema, tensors)
-            weights, lineage = tensors["weights"], tensors["lineage"]
-        except (DataError, KeyError) as error:
-            raise ConfigError(f"a saved pool that does not fit the schema: {error}") from error
-        num = len(candidates)
-        if not (
-            num
-            and weights.shape == (num,)
-            and weights.dtype == np.float64
-            and lineage.shape == (len(lineage), num)
-            and lineage.dtype == np.int32
-            and (weights >= 0).all()
-            and abs(float(weights.sum()) - 1) < 1e-6
-            and ((lineage >= 0) & (lineage < num)).all()
-            and isinstance(degree, int | float)
-            and 0 <= degree <= 1
-            and isinstance(model, str)
-            and ":" not in model  # never import a module because a file names it
-            and isinstance(given, dict)
-            and isinstance(label, int)
-            and -1 <= label < len(schema.columns)
-        ):
-            raise ConfigError("a saved pool whose arrays or settings do not fit the schema")
-        return cls(
-            schema=schema,
-            candidates=candidates,
-            weights=weights,
-            lineage=lineage,
-            label=label,
-            model=model,
-            model_settings=given,
-            sample_degree=float(degree),
-        )
-
-
-@dataclass(frozen=True)
-class _Breeder:
-    """What proposes and varies whole records: the table's columns here, the rest by a model.
-
-    Attributes:
-      subject: What candidates are of.
-      table: For their columns; `None` where there are none besides the label.
-      model: Name of the model of their images or texts; of a table: its own.
-      settings: Its settings, as canonical JSON.
-      is_exact: Its candidates come out the same again, and need not be recorded.
-      embedder: Name of the embedder, or empty.
-      embedder_settings: Its settings, as canonical JSON.
-      lookahead: Variations whose mean embedding stands for a candidate.
-    """
-
-    subject: Subject
-    table: TableMutator | None
-    model: str
-    settings: str
-    is_exact: bool
-    embedder: str
-    embedder_settings: str
-    lookahead: int
-
-    @staticmethod
-    def of(
-        strategy: PrivateEvolution,
-        subject: Subject,
-        shares: Sequence[NDArray[np.float64]] | None,
-    ) -> "_Breeder":
-        """What a strategy's settings call for."""
-        schema = subject.schema
-        name, settings = strategy._model(schema)
-        embedder = strategy.embedder_for(schema)
-        others = len(schema.columns) > (subject.label >= 0)
-        return _Breeder(
-            subject,
-            TableMutator(tuple(tuple(p.tolist()) for p in shares or ())) if others else None,
-            name,
-            canonical(settings),
-            build_model(name, settings).capabilities().is_exact and embedder is None,
-            "" if embedder is None else strategy.embedder or embedder.name,
-            canonical(strategy.embedder_settings),
-            strategy.lookahead,
-        )
-
-    def asked(
-        self,
-        task: Literal["random", "vary"],
-        candidates: Candidates,
-        degree: float,
-        next_degree: float,
-        rng: np.random.Generator,
-    ) -> Generator[Generation, Any, Candidates]:
-        """Candidates proposed or varied, in all their parts."""
-        if self.table is not None and task == "random":
-            candidates = self.table.random(candidates, self.subject, rng)
-        elif self.table is not None:
-            candidates = self.table.vary(candidates, degree, self.subject, rng)
-        if _modality(self.subject.schema) == "table":
-            return candidates
-        request = Generation(
-            model=self.model,
-            settings=self.settings,
-            task=task,
-            candidates=replace(candidates, extras=_without_places(candidates.extras)),
-            degree=degree,
-            subject=self.subject,
-            seed=int(rng.integers(1 << 62)),
-            embedder=self.embedder,
-            embedder_settings=self.embedder_settings,
-            lookahead=self.lookahead,
-            lookahead_degree=next_degree,
-        )
-        if self.is_exact:
-            return make(request)
-        made: Candidates = yield request
-        return made
-
-
-def _modality(schema: Schema) -> Modality:
-    """What a public model is to make of the records."""
-    if schema.image is not None:
-        return "image"
-    return "table" if schema.text is None else "text"
-
-
-def _without_places(extras: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """All extras but embeddings, which are sent to clients and made anew."""
-    return {name: rows for name, rows in extras.items() if name != PLACES}
-
-
-def _blank(schema: Schema, label: int, num: int) -> Candidates:
-    """Candidates with a label, alike many of each, and nothing else."""
-    codes = np.zeros((num, len(schema.columns)), dtype=np.int32)
-    if label >= 0:
-        codes[:, label] = np.sort(np.arange(num) % schema.shape[label])
-    return Candidates(codes)
 
 
 def _marginals(schema: Schema) -> Histograms:

@@ -42,7 +42,7 @@ SYNTHESIZERS = {
     "graph": "strategies.parts.graph:Graph",
     "household": "strategies.relational:Household",
     "evolved": "strategies.tab_pe:Evolved",
-    "pool": "strategies.private_evolution:Pool",
+    "pool": "strategies.parts.pool:Pool",
     "network": "strategies.parts.generator:Network",
     "autoencoder": "strategies.dp_fedavg:Autoencoder",
     "guided": "strategies.dpdsyn:Guided",

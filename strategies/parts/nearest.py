@@ -54,6 +54,9 @@ class Finder:
       groups: A record is compared with the candidates of its own group only,
         `(num_candidates,)`.
       metric: How codes differ.
+
+    Attributes:
+      features: The candidates', whole numbers, `(num_candidates, num_features)`.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Finder:
         self._dtype = np.float32 if fitting >= _COARSEST else np.float64
         self._levels = min(most, fitting) if fitting >= _COARSEST else most
         features = self._features(codes, images, places)
+        self.features = features
         self._chunk = max(1, _CHUNK // max(features.shape[1], len(codes), 1))
         self._groups = {
             int(group): (members := np.flatnonzero(groups == group), features[members].T)

@@ -15,7 +15,9 @@ from ...core.query import Query
 from ...core.records import Records
 from ...core.schema import MAX_CELLS, Schema
 from .nearest import Finder, TableMetric
+from .tally import Tally
 
+CLUSTERS = "clusters"
 _log = logging.getLogger(__name__)
 
 
@@ -28,6 +30,7 @@ def ballot(
     noise_multiplier: float,
     cells: bool,
     fingerprint: str = "",
+    clusters: NDArray[np.int64] | None = None,
 ) -> Query:
     """The query for votes on a pool.
 
@@ -39,6 +42,7 @@ def ballot(
       noise_multiplier: The query's.
       cells: Whether a user's votes are counted cells.
       fingerprint: Of the embedder that placed the pool, if one did; clients check it.
+      clusters: Cluster of each candidate, whose votes are counted too, or `None`.
     """
     num_cells, num_bins = _columns_of(schema)
     inputs: dict[str, NDArray[Any]] = {
@@ -52,9 +56,13 @@ def ballot(
         inputs[EMBEDDER] = np.frombuffer(bytes.fromhex(fingerprint), dtype=np.uint8)
     elif pool.images is not None:
         inputs["images"] = pool.images
+    dim = len(pool)
+    if clusters is not None:
+        inputs[CLUSTERS] = clusters.astype(np.int32)
+        dim += int(clusters.max()) + 1
     return Query(
         "votes",
-        dim=len(pool),
+        dim=dim,
         clip=clip,
         noise_multiplier=noise_multiplier,
         inputs=inputs,
@@ -71,15 +79,18 @@ def finder_of(query: Query, records: Records, category_weight: float) -> tuple[F
     """
     given = dict(query.inputs)
     images, places = given.pop("images", None), given.pop(PLACES, None)
+    clusters = given.pop(CLUSTERS, None)
     given.pop(EMBEDDER, None)  # held against the client's own before anything was asked of it
     seen = None if places is not None else records.images
     num_columns = records.codes.shape[1]
     if set(given) != {"codes", "num_cells", "num_bins", "label"}:
         raise ConfigError("a query for votes comes with other arrays than it should")
     codes, cells, bins, label = (given[k] for k in ("codes", "num_cells", "num_bins", "label"))
+    num_candidates = len(codes) if codes.ndim else 0
     if not (
         all(a.dtype.kind == "i" for a in (codes, cells, bins, label))
-        and codes.shape == (query.dim, num_columns)
+        and codes.shape == (num_candidates, num_columns)
+        and _are_clusters(clusters, num_candidates, query.dim)
         and cells.shape == bins.shape == (num_columns,)
         and ((cells >= 1) & (cells <= MAX_CELLS) & (bins >= 0) & (bins <= cells)).all()
         and label.shape == (1,)
@@ -89,15 +100,47 @@ def finder_of(query: Query, records: Records, category_weight: float) -> tuple[F
         and (
             images is None
             or seen is None
-            or (images.dtype == np.uint8 and images.shape == (query.dim, *seen.shape[1:]))
+            or (images.dtype == np.uint8 and images.shape == (num_candidates, *seen.shape[1:]))
         )
-        and (places is None or _are_places(places, query.dim, records.places))
+        and (places is None or _are_places(places, num_candidates, records.places))
     ):
         raise ConfigError("a query for votes comes with arrays that contradict each other")
     position = int(label[0])
     metric = TableMetric(cells, bins, position, category_weight)
     groups = labels_of(codes, position)
     return Finder(codes, images, groups, metric=metric, places=places), position
+
+
+def features_of(
+    schema: Schema, label: int, pool: Candidates, category_weight: float
+) -> NDArray[np.floating]:
+    """Whole numbers whose squared distances are those by which votes are cast."""
+    num_cells, num_bins = _columns_of(schema)
+    metric = TableMetric(num_cells, num_bins, label, category_weight)
+    groups = np.zeros(len(pool), dtype=np.int64)
+    places = pool.extras.get(PLACES)
+    images = None if places is not None else pool.images
+    return Finder(pool.codes, images, groups, metric=metric, places=places).features
+
+
+def tally_of(query: Query, share: float) -> Tally:
+    """What a checked ballot's votes are counted in, where clusters have a share of a vote."""
+    clusters = query.inputs.get(CLUSTERS)
+    if clusters is None:
+        return Tally(query.dim)
+    return Tally(len(clusters), clusters.astype(np.int64), share)
+
+
+def _are_clusters(clusters: NDArray[Any] | None, num_candidates: int, dim: int) -> bool:
+    """Whether a ballot's cells are those of its candidates and of their clusters."""
+    if clusters is None:
+        return num_candidates == dim
+    return bool(
+        clusters.dtype.kind == "i"
+        and clusters.shape == (num_candidates,)
+        and num_candidates < dim
+        and ((clusters >= 0) & (clusters < dim - num_candidates)).all()
+    )
 
 
 def _are_places(

@@ -14,7 +14,8 @@ from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Column, ImageColumn, Schema
 from fedsynth.simulation.direct import direct_run, non_private, prior
 from fedsynth.strategies.parts.nearest import Finder, TableMetric, pooled
-from fedsynth.strategies.private_evolution import Pool, PrivateEvolution
+from fedsynth.strategies.parts.pool import Pool
+from fedsynth.strategies.private_evolution import PrivateEvolution
 
 ORIGIN = "public: made up for this test"
 PLANE = Schema(tuple(Column(name, "real", ORIGIN, bounds=(0.0, 1.0), num_bins=64) for name in "xy"))
