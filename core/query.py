@@ -396,6 +396,21 @@ def check_reads(strategy: Strategy, schema: Schema) -> None:
         )
 
 
+def check_signal(
+    strategy: Strategy, schema: Schema, noise_multiplier: float, num_users: float
+) -> None:
+    """Refuse a run of which a strategy knows beforehand that nothing can be learned.
+
+    A strategy that knows has a method `check_signal(schema, noise_multiplier, num_users)`.
+
+    Raises:
+      ConfigError: It is hopeless.
+    """
+    found = getattr(strategy, "check_signal", None)
+    if found is not None:
+        found(schema, noise_multiplier, num_users)
+
+
 def embedder_of(strategy: Strategy, schema: Schema) -> Embedder | None:
     """What places the records of a strategy that needs them placed; `None` for most."""
     found = getattr(strategy, "embedder_for", None)

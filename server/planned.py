@@ -2,6 +2,7 @@
 """A run as it is fixed before anybody is asked, and as it is found again when it was stopped."""
 
 import json
+import math
 import secrets
 import time
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from ..core import accounting
 from ..core.config import RunConfig, read_started
 from ..core.errors import ConfigError
 from ..core.privacy import NoisePlacement
-from ..core.query import Strategy, check_reads, trusts_server
+from ..core.query import Strategy, check_reads, check_signal, trusts_server
 from ..core.schema import Schema
 from ..core.seeds import rounds_rng, sample_rng
 from ..strategies.registry import build_strategy, settings_of
@@ -102,12 +103,16 @@ def plan_of(config: RunConfig, *, run: str | None = None) -> Plan:
     budget = config.run_budget
     noise = accounting.calibrate(lambda z: strategy.event(schema, z), budget)
     event = strategy.event(schema, noise)
+    local = config.noise.placement is NoisePlacement.LOCAL
     if config.unit.max_clients > 1 and any(prob < 1 for _, prob in accounting.leaves(event)):
         raise ConfigError(
             f"strategy {config.strategy.name!r} samples users by coins, but a user may lie at"
             f" {config.unit.max_clients} clients, which flip a coin each; what that costs has no"
             " price here. Use sampling_prob = 1, or unit.max_clients = 1"
         )
+    over = math.sqrt(config.engine.clients) if local else 1.0
+    heard = config.population.num_users / (config.unit.max_clients * over)
+    check_signal(strategy, schema, noise, heard)
     accounting.price(event, budget.delta)  # the cross-check must hold before anything is asked
     return Plan(run or new_run_id(config.strategy.name), config, schema, strategy, noise, event)
 

@@ -23,6 +23,7 @@ from .parts.histograms import Grid, Histograms, cells_of, norm_clip
 from .parts.parents import Choosing, Selection
 from .parts.pool import Pool
 from .parts.settings import check_range
+from .parts.signal import Signal
 from .parts.simplex import pooled_total, to_simplex
 from .parts.tally import Estimate, Tally, clusters_of
 from .parts.votes import (
@@ -364,6 +365,45 @@ class PrivateEvolution(Strategy):
             embedder_settings=self.embedder_settings,
             lookahead=self.lookahead,
         )
+
+    def signal(self, schema: Schema, noise_multiplier: float, num_users: float) -> Signal:
+        """What users' votes will be beside their noise.
+
+        Args:
+          schema: Public schema.
+          noise_multiplier: As in `event`.
+          num_users: Users who vote, of one record each.
+        """
+        noise = self._noises(schema, noise_multiplier)[-1]
+        num_labels = 1 if (label := label_of(schema, self.label)) < 0 else schema.shape[label]
+        num_clusters = max(self.num_clusters, num_labels) if self.num_clusters else 0
+        share = self.cluster_share if num_clusters else 0.0
+        fine, coarse = math.sqrt(1 - share), math.sqrt(share)
+        longest = math.hypot(fine * math.sqrt(self.num_votes), coarse * self.num_votes)
+        clip, scale = {
+            "l2_clip": (self.max_norm * longest, min(1.0, self.max_norm)),
+            "one_record": (longest, 1.0),
+            "l1": (1.0, 1 / self.num_votes),
+            "l2_normalize": (1.0, 1 / longest),
+        }[self.vote]
+        return Signal(
+            num_users=num_users,
+            num_candidates=self.num_candidates,
+            num_votes=self.num_votes,
+            stddev=noise * clip / (fine * scale),
+            num_clusters=num_clusters,
+            cluster_stddev=noise * clip / (coarse * scale) if num_clusters else math.inf,
+        )
+
+    def check_signal(self, schema: Schema, noise_multiplier: float, num_users: float) -> None:
+        """Refuse a run whose votes would all drown.
+
+        Raises:
+          ConfigError: They would; says what to set instead.
+        """
+        label = label_of(schema, self.label)
+        fewest = self.num_votes * (1 if label < 0 else schema.shape[label])
+        self.signal(schema, noise_multiplier, num_users).check(self.num_rounds, fewest)
 
     @property
     def _choosing(self) -> Choosing:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-_CLEAR = 3.0  # standard deviations from which a total is more than noise
+CLEAR = 3.0  # standard deviations from which a total is more than noise
 
 
 def to_simplex(noisy: NDArray[np.float64], total: float = 1.0) -> NDArray[np.float64]:
@@ -64,6 +64,6 @@ def pooled_total(histograms: Iterable[tuple[NDArray[np.float64], float]]) -> flo
             precision = 1.0 / (counts.size * stddev**2)
             weight += precision
             weighted += precision * float(counts.sum())
-    if weight == 0 or weighted < _CLEAR * math.sqrt(weight):
+    if weight == 0 or weighted < CLEAR * math.sqrt(weight):
         return 0.0
     return weighted / weight
