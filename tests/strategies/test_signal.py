@@ -10,7 +10,7 @@ from fedsynth.core import accounting
 from fedsynth.core.config import parse_config
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.mechanism import Lattice, clipped_sum
-from fedsynth.core.privacy import Budget
+from fedsynth.core.privacy import Budget, NoisePlacement
 from fedsynth.core.query import NoisySum
 from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Column, Schema
@@ -108,9 +108,9 @@ def test_clusters_make_a_pool_audible_that_is_not_without(tmp_path):
 
 
 def test_local_noise_needs_more_users(tmp_path):
-    config = configured(tmp_path, 3000, 1.0, num_candidates=3000)
+    config = configured(tmp_path, 2000, 1.0, num_candidates=3000, num_votes=1)
     plan_of(config)
-    local = config.noise.model_copy(update={"placement": "local"})
+    local = config.noise.model_copy(update={"placement": NoisePlacement.LOCAL})
 
     with pytest.raises(ConfigError, match="would not be heard"):
         plan_of(config.model_copy(update={"noise": local}))
