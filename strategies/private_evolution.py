@@ -366,13 +366,24 @@ class PrivateEvolution(Strategy):
             lookahead=self.lookahead,
         )
 
-    def signal(self, schema: Schema, noise_multiplier: float, num_users: float) -> Signal:
+    def signal(
+        self,
+        schema: Schema,
+        noise_multiplier: float,
+        num_users: float,
+        *,
+        records: NDArray[np.float64] | float = 1.0,
+        distinct: NDArray[np.float64] | float = 1.0,
+    ) -> Signal:
         """What users' votes will be beside their noise.
 
         Args:
           schema: Public schema.
           noise_multiplier: As in `event`.
-          num_users: Users who vote, of one record each.
+          num_users: Users who vote.
+          records: Of a user: a number, or typical users' numbers.
+          distinct: Candidates that the votes of a user's records are spread over, evenly, for one
+            vote a record; as long as `records`.
         """
         noise = self._noises(schema, noise_multiplier)[-1]
         num_labels = 1 if (label := label_of(schema, self.label)) < 0 else schema.shape[label]
@@ -380,19 +391,22 @@ class PrivateEvolution(Strategy):
         share = self.cluster_share if num_clusters else 0.0
         fine, coarse = math.sqrt(1 - share), math.sqrt(share)
         longest = math.hypot(fine * math.sqrt(self.num_votes), coarse * self.num_votes)
-        clip, scale = {
-            "l2_clip": (self.max_norm * longest, min(1.0, self.max_norm)),
-            "one_record": (longest, 1.0),
-            "l1": (1.0, 1 / self.num_votes),
-            "l2_normalize": (1.0, 1 / longest),
+        held, spread = np.asarray(records, dtype=np.float64), np.sqrt(distinct)
+        # how many records' votes of a user are heard, where one record's votes are `longest` long
+        clip, heard = {
+            "l2_clip": (self.max_norm * longest, np.minimum(held, self.max_norm * spread)),
+            "one_record": (longest, np.ones_like(held)),
+            "l1": (1.0, np.full_like(held, 1 / self.num_votes)),
+            "l2_normalize": (1.0, spread / longest),
         }[self.vote]
+        stddev = noise * clip / float(heard.mean())
         return Signal(
             num_users=num_users,
             num_candidates=self.num_candidates,
             num_votes=self.num_votes,
-            stddev=noise * clip / (fine * scale),
+            stddev=stddev / fine,
             num_clusters=num_clusters,
-            cluster_stddev=noise * clip / (coarse * scale) if num_clusters else math.inf,
+            cluster_stddev=stddev / coarse if num_clusters else math.inf,
         )
 
     def check_signal(self, schema: Schema, noise_multiplier: float, num_users: float) -> None:
@@ -440,6 +454,16 @@ class PrivateEvolution(Strategy):
             fingerprint="" if embedder is None else embedder.fingerprint(),
             clusters=tally.clusters,
         )
+
+    def read(self, noisy: NoisySum) -> NDArray[np.float64] | None:
+        """Each candidate's share of one round's votes; `None` where they cannot be told from noise.
+
+        Args:
+          noisy: Votes on candidates without clusters.
+        """
+        tally = Tally(len(noisy.vector))
+        found = tally.read(noisy, None, np.arange(len(noisy.vector)))
+        return self._fitness(noisy, tally, found)
 
     def _fitness(
         self, noisy: NoisySum, tally: Tally, found: Estimate
