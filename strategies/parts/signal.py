@@ -102,5 +102,5 @@ class Signal:
 
 def _round(size: int) -> int:
     """A number of at most two leading digits, not above `size`."""
-    unit = 10 ** max(0, len(str(size)) - 2)
+    unit = int(10 ** max(0, len(str(size)) - 2))
     return size // unit * unit
