@@ -3,6 +3,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +16,20 @@ from .registry import build_embedder, build_model
 from .variation import VariationModel
 
 
-def make(request: Generation) -> Candidates:
+def make(request: Generation, folder: Path | None = None) -> Candidates:
     """What a public model makes of a request, placed if the request names an embedder.
+
+    Args:
+      request: The request.
+      folder: Where a model keeps what must not be asked for twice; `None`: nowhere.
 
     Raises:
       ConfigError: There is no such model, or it cannot make records of this schema.
       FedsynthError: The model gave something that is no candidates of it.
     """
     model = build_model(request.model, json.loads(request.settings))
+    if folder is not None:
+        model = model.kept_in(folder)
     rng = np.random.default_rng(request.seed)
     given, subject = request.candidates, request.subject
     if request.task == "random":

@@ -15,6 +15,7 @@ MODELS = {
     "digits": "models.sketch:Digits",
     "blobs": "models.augment:ImageAugmenter",
     "words": "models.words:Words",
+    "writer": "models.text:TextWriter",
 }
 EMBEDDERS = {
     "word_hashes": "models.words:WordHashes",

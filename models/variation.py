@@ -6,7 +6,8 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 
@@ -114,6 +115,10 @@ class VariationModel(ABC):
     @abstractmethod
     def capabilities(self) -> Capabilities:
         """What it makes, and where."""
+
+    def kept_in(self, folder: Path) -> Self:
+        """The same model, which keeps in a folder what must not be asked for twice; most do not."""
+        return self
 
     def estimate(self, num_candidates: int, subject: Subject) -> Estimate:
         """About what proposing or varying so many candidates takes; nothing, if it is quick."""

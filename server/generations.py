@@ -26,7 +26,7 @@ def name_of(number: int) -> str:
     return f"generations/{number:06d}.safetensors"
 
 
-def kept(folder: Path, ask: Callable[[Generation], Candidates] = make) -> Source:
+def kept(folder: Path, ask: Callable[[Generation, Path], Candidates] = make) -> Source:
     """What answers a run's generations: from its folder those that are kept there, else the model.
 
     Args:
@@ -44,7 +44,7 @@ def kept(folder: Path, ask: Callable[[Generation], Candidates] = make) -> Source
         path = folder / name_of(number)
         if path.exists():
             return _read(path.read_bytes(), path.name, request)
-        made = ask(request)
+        made = ask(request, folder)
         at("before-generation")
         _write(path, request, made)
         at("after-generation")
@@ -83,7 +83,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def clear(folder: Path) -> None:
     """Remove what a finished run had kept; its release holds it."""
     generations = folder / "generations"
-    for path in generations.glob("*"):
+    for path in [*generations.glob("*"), *folder.glob("replies.db*")]:
         path.unlink(missing_ok=True)
     if generations.exists():
         generations.rmdir()

