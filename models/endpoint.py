@@ -434,7 +434,7 @@ def _reply_in(said: Any, *, most: int) -> _Reply | None:
         is_refused = choice.get("finish_reason") == "content_filter" or message.get("refusal")
     except (TypeError, KeyError, IndexError, AttributeError):
         return None
-    if is_refused or text == "":
+    if is_refused or text is None or text == "":
         return _Reply(None)
     if not isinstance(text, str) or len(text) > most:
         return None

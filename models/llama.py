@@ -120,28 +120,30 @@ class LlamaCpp(LanguageModel):
         Raises:
           ConfigError: There is none.
         """
-        if not self.path:
-            instead = ", or set path to a GGUF file"
-            return package_folder(_PACKAGE, needed_by=self.name, instead=instead) / _WEIGHTS
-        return gguf(Path(self.path), needed_by=self.name)
+        return gguf(self.path, needed_by=self.name)
 
 
-def gguf(path: Path, *, needed_by: str) -> Path:
-    """The path of what is at least the beginning of a GGUF file.
+def gguf(path: str, *, needed_by: str) -> Path:
+    """A file that at least begins as a GGUF file does; of an empty path, SmolLM2's.
 
     Raises:
       ConfigError: It is not there, or something else.
     """
+    if path:
+        file = Path(path)
+    else:
+        instead = ", or set path to a GGUF file"
+        file = package_folder(_PACKAGE, needed_by=needed_by, instead=instead) / _WEIGHTS
     try:
-        with path.open("rb") as file:
-            begins = file.read(len(_MAGIC))
+        with file.open("rb") as opened:
+            begins = opened.read(len(_MAGIC))
     except OSError as error:
         raise ConfigError(
-            f"model {needed_by!r} cannot read the weights {path}: {error.strerror}"
+            f"model {needed_by!r} cannot read the weights {file}: {error.strerror}"
         ) from error
     if begins != _MAGIC:
-        raise ConfigError(f"model {needed_by!r} needs a GGUF file, and {path} is none")
-    return path
+        raise ConfigError(f"model {needed_by!r} needs a GGUF file, and {file} is none")
+    return file
 
 
 @lru_cache(maxsize=64)

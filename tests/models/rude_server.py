@@ -108,6 +108,10 @@ class Rude(BaseHTTPRequestHandler):
         kind = asked["messages"][-1]["content"]
         if kind == "status":
             self.send(400, json.dumps({"error": {"code": "content_filter"}}).encode())
+        elif kind == "nothing":
+            self.say(answer(None, finish_reason="length"))
+        elif kind == "empty":
+            self.say(answer(""))
         elif kind == "reason":
             self.say(answer("The first wo", finish_reason="content_filter"))
         else:

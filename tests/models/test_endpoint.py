@@ -217,7 +217,7 @@ def test_a_redirect_is_not_followed(rude: str, monkeypatch: pytest.MonkeyPatch):
     assert all(text != SECRET for _, text, _ in asked(rude, "fine"))
 
 
-@pytest.mark.parametrize("kind", ["status", "reason", "message"])
+@pytest.mark.parametrize("kind", ["status", "reason", "message", "nothing", "empty"])
 def test_a_refusal_is_final_and_not_asked_again(rude: str, kind: str):
     model = endpoint(rude, "filter")
 

