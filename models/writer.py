@@ -14,7 +14,6 @@ Reference:
 
 import math
 import re
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -163,39 +162,8 @@ class Written:
     counts: Counts
 
 
-class Author(ABC):
-    """Writes random texts, and variations of texts."""
-
-    @abstractmethod
-    def random_texts(self, num: int, rng: np.random.Generator) -> Written:
-        """So many new texts.
-
-        Args:
-          num: How many.
-          rng: Public randomness. What is drawn from it hangs on `num` alone.
-        """
-
-    @abstractmethod
-    def vary(
-        self,
-        texts: Sequence[str],
-        degree: float,
-        rng: np.random.Generator,
-        *,
-        num_each: int = 1,
-    ) -> Written:
-        """Variations of each text, those of the first text first.
-
-        Args:
-          texts: Public or released.
-          degree: How far, from 0 (a few words) to 1 (little but the kind stays).
-          rng: Public randomness. What is drawn from it hangs on the texts and `num_each` alone.
-          num_each: How many of each.
-        """
-
-
 @dataclass(frozen=True)
-class Writer(Author):
+class Writer:
     """Asks a language model.
 
     A variation is a paraphrase or a fill-in, by a coin. A paraphrase is one more text like the
@@ -234,6 +202,10 @@ class Writer(Author):
     def random_texts(self, num: int, rng: np.random.Generator) -> Written:
         """So many new texts, each on a random topic and in a random tone.
 
+        Args:
+          num: How many.
+          rng: Public randomness. What is drawn from it hangs on `num` alone.
+
         Raises:
           ConfigError: The model's settings cannot work.
           FedsynthError: The model failed, or gave nothing that could be used.
@@ -257,9 +229,15 @@ class Writer(Author):
         *,
         num_each: int = 1,
     ) -> Written:
-        """Variations of each text; where all replies fail, the text itself.
+        """Variations of each text, those of the first text first.
 
-        An empty text becomes a random one.
+        Where all replies fail it is the text itself; an empty text becomes a random one.
+
+        Args:
+          texts: Public or released.
+          degree: How far, from 0 (a few words) to 1 (little but the kind stays).
+          rng: Public randomness. What is drawn from it hangs on the texts and `num_each` alone.
+          num_each: How many of each.
 
         Raises:
           ConfigError: The model's settings cannot work, or the degree is none.
@@ -438,67 +416,6 @@ class Writer(Author):
             spare[int(patch) % len(spare)] if text is None else text
             for text, patch in zip(texts, patches, strict=True)
         ]
-
-
-@dataclass(frozen=True)
-class Shuffler(Author):
-    """Shuffles public words, without a model: for tests, and as the floor to measure a model by.
-
-    A random text is a public example with half of its words changed. A word is changed by dropping
-    it, by swapping it with the next one, or by taking a word of the public examples instead.
-
-    Attributes:
-      brief: Where the words come from; it needs examples.
-    """
-
-    brief: Brief
-
-    def __post_init__(self) -> None:
-        """Refuse a brief without words."""
-        if not self._vocabulary():
-            raise ConfigError(
-                "the shuffler needs public examples: they are where its words are from"
-            )
-
-    def random_texts(self, num: int, rng: np.random.Generator) -> Written:
-        """Public examples, half changed."""
-        picked = rng.integers(len(self.brief.examples), size=num)
-        varied = self.vary([self.brief.examples[i] for i in picked], 0.5, rng)
-        return replace(varied, parents=np.full(num, -1, dtype=np.int64))
-
-    def vary(
-        self,
-        texts: Sequence[str],
-        degree: float,
-        rng: np.random.Generator,
-        *,
-        num_each: int = 1,
-    ) -> Written:
-        """Each word changed with probability `degree`."""
-        made = [
-            self._shuffled(text.split(), degree, rng) for text in texts for _ in range(num_each)
-        ]
-        parents = np.repeat(np.arange(len(texts), dtype=np.int64), num_each)
-        return Written(made, parents, Counts(replies=len(made), usable=len(made)))
-
-    def _shuffled(self, words: list[str], degree: float, rng: np.random.Generator) -> str:
-        """One text shuffled; at least one word stays."""
-        vocabulary, made = self._vocabulary(), words[: self.brief.max_words]
-        for place in reversed(range(len(made))):
-            if rng.random() >= degree:
-                continue
-            act = rng.integers(3)
-            if act == 0 and len(made) > 1:
-                del made[place]
-            elif act == 1 and place + 1 < len(made):
-                made[place], made[place + 1] = made[place + 1], made[place]
-            else:
-                made[place] = vocabulary[int(rng.integers(len(vocabulary)))]
-        return " ".join(made) or vocabulary[int(rng.integers(len(vocabulary)))]
-
-    def _vocabulary(self) -> list[str]:
-        """All words of the public examples, in order."""
-        return sorted({word for text in self.brief.examples for word in text.split()})
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,8 @@ from fedsynth.models.llama import LlamaCpp
 from fedsynth.models.replies import Replies
 from fedsynth.models.writer import (
     BLANK,
-    Author,
     Brief,
     Counts,
-    Shuffler,
     Writer,
     _gapped,
     _judged,
@@ -354,28 +352,3 @@ def test_settings_that_cannot_be_meant_are_refused(server: str):
         writer(server, "x", fill_in_share=1.5)
     with pytest.raises(ConfigError, match="degree"):
         writer(server, "x").vary(TEXTS, 1.1, rng())
-    with pytest.raises(ConfigError, match="needs public examples"):
-        Shuffler(Brief("letters"))
-
-
-def test_the_shuffler_changes_the_more_the_higher_the_degree():
-    shuffler: Author = Shuffler(BRIEF)
-
-    same, near, far = (
-        shuffler.vary(TEXTS, degree, rng(1), num_each=2).texts for degree in (0.0, 0.2, 0.9)
-    )
-
-    assert same == [text for text in TEXTS for _ in range(2)]
-    assert 1 > shared(near) > shared(far) > 0
-
-
-def test_the_shuffler_makes_texts_of_public_words():
-    shuffler = Shuffler(BRIEF)
-
-    written = shuffler.random_texts(30, rng(2))
-
-    words = {word for text in BRIEF.examples for word in text.split()}
-    assert all(text and {*text.split()} <= words for text in written.texts)
-    assert written.parents.tolist() == [-1] * 30
-    assert shuffler.vary([""], 1.0, rng()).texts[0]
-    assert shuffler.random_texts(30, rng(2)).texts == written.texts
