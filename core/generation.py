@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a strategy asks of a public model, and what answers it: live, or as it was recorded.
+"""What a strategy asks of a public model.
 
 A strategy's rounds have no input or output of their own, and a language model's do not repeat. So
 a strategy yields a `Generation` as it yields a query, and whoever drives it hands back candidates:
@@ -8,17 +8,11 @@ a run asks the model and keeps what it said, a replay takes what was kept.
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from .candidates import Candidates
 from .schema import Schema
-
-if TYPE_CHECKING:
-    from .query import Rounds, Steps
-    from .synthesizer import Synthesizer
-
 
 PLACES = "places"
 
@@ -81,24 +75,3 @@ class Generation:
             digest.update(f"\0{name} {array.dtype.str} {array.shape}\0".encode())
             digest.update(array.tobytes())
         return digest.hexdigest()
-
-
-Source = Callable[[Generation], Candidates]
-"""What answers a generation."""
-
-
-def answered(steps: "Steps", source: Source) -> "Rounds":
-    """A strategy's rounds with all its generations answered, so that queries alone are left.
-
-    Args:
-      steps: The strategy's generator, not yet started.
-      source: What answers generations, in their order.
-    """
-    sent: Any = None
-    while True:
-        try:
-            asked = steps.send(sent)
-        except StopIteration as end:
-            learned: Synthesizer = end.value
-            return learned
-        sent = source(asked) if isinstance(asked, Generation) else (yield asked)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import accounting
+from ..core.answering import answered
 from ..core.errors import Interrupted
 from ..core.failpoints import at
-from ..core.generation import answered
 from ..core.query import Query, trusts_server
 from ..core.randomness import KeyStream
 from ..core.wire import Ask, canonical

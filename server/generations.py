@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.answering import Source
 from ..core.candidates import Candidates
 from ..core.errors import DataError, SecurityRefusal
 from ..core.failpoints import at
-from ..core.generation import Generation, Source
+from ..core.generation import Generation
 from ..models.live import make
 from .folder import sync
 from .transcript import tensors_in

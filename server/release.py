@@ -37,10 +37,10 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..core import accounting
+from ..core.answering import answered
 from ..core.card import Card, CardFile, code_digest
 from ..core.decode import SINGLE, decode, joined_table, save_records, split_tables
 from ..core.errors import ConfigError, FedsynthError, SchemaError, SecurityRefusal
-from ..core.generation import answered
 from ..core.query import Strategy, caution_of
 from ..core.records import Family, Records
 from ..core.schema import Schema

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from ..client.placing import placed
 from ..client.respond import REFUSED, block_sum, users_a_block
 from ..core import accounting
+from ..core.answering import answered
 from ..core.candidates import Candidates
 from ..core.choice import chosen, score_sensitivity
 from ..core.embedding import EMBEDDER
 from ..core.errors import ConfigError
-from ..core.generation import Generation, answered
+from ..core.generation import Generation
 from ..core.mechanism import Lattice, noised, real_sum
 from ..core.query import NoisySum, Query, Rounds, Strategy, check_reads, embedder_of, trusts_server
 from ..core.randomness import OsKeyStream

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from ..client.placing import placed
 from ..client.respond import users_a_block
 from ..core import mechanism
+from ..core.answering import answered
 from ..core.choice import best, chosen, score_sensitivity
-from ..core.generation import answered
 from ..core.query import NoisySum, Query, Strategy, check_reads, embedder_of
 from ..core.randomness import KeyStream, OsKeyStream, coins
 from ..core.records import BoundedShard, Records

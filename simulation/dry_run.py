@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..core import accounting
+from ..core.answering import answered
 from ..core.candidates import Candidates
 from ..core.choice import score_sensitivity
-from ..core.generation import PLACES, Generation, answered
+from ..core.generation import PLACES, Generation
 from ..core.privacy import NoisePlacement
 from ..core.query import NoisySum, Query
 from ..core.texts import as_texts

@@ -5,9 +5,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from fedsynth.core.answering import answered
 from fedsynth.core.candidates import Candidates
 from fedsynth.core.errors import ConfigError, DataError, FedsynthError
-from fedsynth.core.generation import PLACES, Generation, Subject, answered
+from fedsynth.core.generation import PLACES, Generation, Subject
 from fedsynth.core.query import NoisySum, Query
 from fedsynth.core.records import Records
 from fedsynth.core.schema import Column, ImageColumn, Schema, TextColumn
