@@ -26,7 +26,7 @@ from fedsynth.client.placing import placed
 from fedsynth.client.shard import Shard
 from fedsynth.core import accounting
 from fedsynth.core.candidates import Candidates
-from fedsynth.core.embedding import whole
+from fedsynth.core.embedding import EMBEDDER, whole
 from fedsynth.core.generation import PLACES
 from fedsynth.core.mechanism import Lattice, clipped_sum, noised
 from fedsynth.core.privacy import Budget, User
@@ -132,8 +132,12 @@ def _chatters(path) -> Electorate:  # type: ignore[no-untyped-def]
     records = Records(np.zeros((len(texts), 0), dtype=np.int32), texts=texts)
     shard = bound(Shard(records, ids), User("user", max_records=MOST_RECORDS), seed=0)
     seen = as_texts(messages[user][0] for user in others)
-    places = whole(embedder.embed(seen.tolist()))
-    pool = Candidates(np.zeros((len(seen), 0), dtype=np.int32), texts=seen, extras={PLACES: places})
+    fingerprint = np.frombuffer(bytes.fromhex(embedder.fingerprint()), dtype=np.uint8)
+    extras = {
+        PLACES: whole(embedder.embed(seen.tolist())),
+        EMBEDDER: np.tile(fingerprint, (len(seen), 1)),
+    }
+    pool = Candidates(np.zeros((len(seen), 0), dtype=np.int32), texts=seen, extras=extras)
     return Electorate("irc", schema, placed(shard, embedder), pool, "minilm")
 
 
@@ -240,9 +244,6 @@ def _off(shares: NDArray[np.float64] | None, truth: NDArray[np.float64]) -> floa
 
 def _ballot(electorate: Electorate, strategy: PrivateEvolution, noise: float) -> Query:
     """The query for votes on the pool."""
-    fingerprint = ""
-    if electorate.embedder:
-        fingerprint = build_embedder(electorate.embedder, {}).fingerprint()
     return ballot(
         electorate.schema,
         -1,
@@ -250,7 +251,6 @@ def _ballot(electorate: Electorate, strategy: PrivateEvolution, noise: float) ->
         clip=strategy.max_norm if strategy.vote == "l2_clip" else 1.0,
         noise_multiplier=noise,
         cells=strategy.vote in ("l2_clip", "one_record"),
-        fingerprint=fingerprint,
     )
 
 

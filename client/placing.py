@@ -2,6 +2,7 @@
 """Place private records by a public embedder: once a shard, kept at its owner, never sent."""
 
 import hashlib
+import logging
 import os
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ..core.embedding import Embedder, whole
 from ..core.errors import ConfigError
 from ..core.records import BoundedShard
 
+_log = logging.getLogger(__name__)
 _MOST_KEPT = 4  # files of embeddings beside an odometer
 _IN_MEMORY = 64  # shards whose embeddings a process holds
 
@@ -47,12 +49,29 @@ def placed(shard: BoundedShard, embedder: Embedder, state: Path | None = None) -
     if not places:
         found = None if state is None else _read(state, key, len(records), embedder.dim)
         if found is None:
-            given = part.tolist() if embedder.modality == "text" else part
-            found = whole(embedder.embed(given))
+            found = _embedded(embedder, part.tolist() if embedder.modality == "text" else part)
             if state is not None:
                 _keep(state, key, found)
         places.append(found)
     return replace(shard, records=replace(records, places=places[0]))
+
+
+def _embedded(embedder: Embedder, given: Any) -> NDArray[np.int16]:
+    """Embeddings in whole steps; zeros for a record that makes the embedder fail.
+
+    A record's failure must not void the others: they would be gone from a sum by one user's doing.
+    """
+    try:
+        found = embedder.embed(given)
+        if found.shape != (len(given), embedder.dim):
+            raise TypeError("an embedder must give one embedding a record")
+        return whole(found)
+    except Exception as error:  # noqa: BLE001  (closed: the record takes no part)
+        if len(given) <= 1:
+            _log.error("a record cannot be placed: %s", type(error).__name__)
+            return np.zeros((len(given), embedder.dim), dtype=np.int16)
+    middle = len(given) // 2
+    return np.concatenate([_embedded(embedder, half) for half in (given[:middle], given[middle:])])
 
 
 @lru_cache(maxsize=_IN_MEMORY)
@@ -85,6 +104,7 @@ def _read(state: Path, key: str, num_records: int, dim: int) -> NDArray[np.int16
 
 def _keep(state: Path, key: str, places: NDArray[np.int16]) -> None:
     """Store embeddings: whole or not at all, and for nobody but their owner to read."""
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = state / f"places.{key[:24]}.npy"
     descriptor, partial = mkstemp(dir=state, prefix=f"{path.name}.")  # 0600 from the start
     try:

@@ -119,6 +119,8 @@ def _embedder(ask: Ask, strategy: Strategy, site: Site) -> Embedder | None:
     if told is None:
         return None
     embedder = embedder_of(strategy, site.schema)
+    if embedder is not None and any(getattr(embedder, key) for key in embedder.paths):
+        raise ConfigError("a server names no files here: its embedder must be an installed one")
     if embedder is None or told.dtype != np.uint8 or told.tobytes().hex() != embedder.fingerprint():
         raise ConfigError("the server's embedder is not the one that is installed here")
     return embedder

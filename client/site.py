@@ -129,7 +129,7 @@ def simulated_site(
         policy=policy,
         odometer=Odometer(state, name, synced=False),
         load=load,
-        state=state.parent,
+        state=state.parent / name,
         sum_is_secure=secure,
     )
 

@@ -27,10 +27,12 @@ class Embedder(ABC):
     Attributes:
       name: Under which it is found.
       modality: What it places.
+      paths: Settings that name files of this machine; a client takes none of them from a server.
     """
 
     name: ClassVar[str]
     modality: ClassVar[Literal["text", "image"]]
+    paths: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod

@@ -43,7 +43,8 @@ class Generation:
       subject: What they are of.
       seed: Of the model's own randomness.
       embedder: Name of an installed embedder that places what was made: its embeddings, in whole
-        steps, are the extra `PLACES` of the answer; empty: none.
+        steps, are the extra `PLACES` of the answer, and its fingerprint, 32 bytes a candidate, the
+        extra `EMBEDDER`; empty: none.
       embedder_settings: Its settings, as canonical JSON.
       lookahead: Variations of each candidate whose mean embedding stands for it; 0: its own does.
       lookahead_degree: How far those vary.

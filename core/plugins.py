@@ -47,6 +47,19 @@ def find(what: str, name: str, builtin: Mapping[str, str], group: str, base: typ
     return found
 
 
+def installed(
+    what: str, name: str, builtin: Mapping[str, str], group: str, base: type[T]
+) -> type[T]:
+    """A class by its built-in name or its entry point's: never by `module:Name`.
+
+    For names that stand in settings, which a client takes from a server and a replay from a card:
+    neither may have a module imported.
+    """
+    if ":" in name:
+        raise ConfigError(f"{what} {name!r} must be installed as an entry point of {group}")
+    return find(what, name, builtin, group, base)
+
+
 def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
     """A frozen dataclass from settings; unknown keys are refused with the known ones."""
     if not dataclasses.is_dataclass(kind):

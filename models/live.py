@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.candidates import Candidates
-from ..core.embedding import Embedder, whole
+from ..core.embedding import EMBEDDER, Embedder, whole
 from ..core.errors import ConfigError, DataError, FedsynthError
 from ..core.generation import PLACES, Generation
 from .registry import build_embedder, build_model
@@ -44,15 +44,21 @@ def make(request: Generation, folder: Path | None = None) -> Candidates:
         raise FedsynthError(f"model {request.model!r} gave {error}") from error
     if not request.embedder:
         return made
-    places = _places(request, model, made, rng)
-    return replace(made, extras={**made.extras, PLACES: places})
+    embedder = build_embedder(request.embedder, json.loads(request.embedder_settings))
+    places = _places(embedder, request, model, made, rng)
+    fingerprint = np.frombuffer(bytes.fromhex(embedder.fingerprint()), dtype=np.uint8)
+    by = np.tile(fingerprint, (len(made), 1))
+    return replace(made, extras={**made.extras, PLACES: places, EMBEDDER: by})
 
 
 def _places(
-    request: Generation, model: VariationModel, made: Candidates, rng: np.random.Generator
+    embedder: Embedder,
+    request: Generation,
+    model: VariationModel,
+    made: Candidates,
+    rng: np.random.Generator,
 ) -> NDArray[np.int16]:
     """Embeddings of candidates, or the mean of those of their variations."""
-    embedder = build_embedder(request.embedder, json.loads(request.embedder_settings))
     if not request.lookahead:
         return whole(embedded(embedder, made))
     total = np.zeros((len(made), embedder.dim))

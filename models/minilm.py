@@ -49,6 +49,7 @@ class MiniLM(Embedder):
     path: str = ""
     max_tokens: int = 256
     name: ClassVar[str] = "minilm"
+    paths: ClassVar[tuple[str, ...]] = ("path",)
     modality: ClassVar[Literal["text", "image"]] = "text"
 
     def __post_init__(self) -> None:

@@ -52,7 +52,7 @@ class Pixels(Embedder):
     def dim(self) -> int:
         """Pooled pixels times channels."""
         height, width, channels = self.shape
-        rows, columns = self._block
+        rows, columns = -(-height // _SIDE), -(-width // _SIDE)
         return -(-height // rows) * -(-width // columns) * channels
 
     def fingerprint(self) -> str:
@@ -75,33 +75,31 @@ class Pixels(Embedder):
             raise ConfigError(
                 f"pixels was set up for images of shape {self.shape}, not {records.shape[1:]}"
             )
-        rows, columns = self._block
-        white = 16 * 255 * rows * columns
-        levels = (self._sums(records) * self._levels + white // 2) // white
+        sums, white = pooled(records)
+        levels = (sums * self._levels + white // 2) // white
         return ((2 * levels - self._levels) / STEPS).astype(np.float32).reshape(len(records), -1)
-
-    @property
-    def _block(self) -> tuple[int, int]:
-        """Rows and columns that become one pixel."""
-        return -(-self.shape[0] // _SIDE), -(-self.shape[1] // _SIDE)
 
     @property
     def _levels(self) -> int:
         """Steps from black to white, two apart: an odd number, so that none lies at zero."""
         return (isqrt(STEPS**2 // self.dim) + 1) // 2 * 2 - 1
 
-    def _sums(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Sums of blurred pixels over blocks, `(num_images, rows, columns, channels)`."""
-        num, height, width, channels = images.shape
-        rows, columns = self._block
-        bordered = np.pad(
-            images.astype(np.int32),
-            ((0, 0), (1, 1 + -height % rows), (1, 1 + -width % columns), (0, 0)),
-        )
-        down = bordered[:, :-2] + 2 * bordered[:, 1:-1] + bordered[:, 2:]
-        blurred = down[:, :, :-2] + 2 * down[:, :, 1:-1] + down[:, :, 2:]
-        blocks = blurred.reshape(
-            num, blurred.shape[1] // rows, rows, blurred.shape[2] // columns, columns, channels
-        )
-        sums: NDArray[np.int64] = blocks.sum(axis=(2, 4), dtype=np.int64)
-        return sums
+
+def pooled(images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], int]:
+    """Images blurred by 1-2-1 both ways and summed over blocks; and what white sums to.
+
+    A fixed public embedding, `(num_images, rows, columns, channels)` with at most 14 rows and
+    columns: small shifts of a line cost little.
+    """
+    num, height, width, channels = images.shape
+    rows, columns = -(-height // _SIDE), -(-width // _SIDE)
+    bordered = np.pad(
+        images.astype(np.int32),
+        ((0, 0), (1, 1 + -height % rows), (1, 1 + -width % columns), (0, 0)),
+    )
+    down = bordered[:, :-2] + 2 * bordered[:, 1:-1] + bordered[:, 2:]
+    blurred = down[:, :, :-2] + 2 * down[:, :, 1:-1] + down[:, :, 2:]
+    blocks = blurred.reshape(
+        num, blurred.shape[1] // rows, rows, blurred.shape[2] // columns, columns, channels
+    )
+    return blocks.sum(axis=(2, 4), dtype=np.int64), 16 * 255 * rows * columns

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core.embedding import Embedder
-from ..core.plugins import build, find
+from ..core.plugins import build, installed
 from .variation import VariationModel
 
 MODELS = {
@@ -26,22 +26,22 @@ EMBEDDERS = {
 
 
 def build_model(name: str, settings: Mapping[str, Any]) -> VariationModel:
-    """A model by its name, or by `module:Name`, with its settings checked.
+    """A model by its name with its settings checked.
 
     Raises:
       ConfigError: No such model, an unknown key, or a value of the wrong type or range.
     """
-    kind = find("model", name, MODELS, "fedsynth.models", VariationModel)  # type: ignore[type-abstract]
+    kind = installed("model", name, MODELS, "fedsynth.models", VariationModel)  # type: ignore[type-abstract]
     return build(kind, settings, f"model {name!r}")
 
 
 def build_embedder(name: str, settings: Mapping[str, Any]) -> Embedder:
-    """An embedder by its name, or by `module:Name`, with its settings checked.
+    """An embedder by its name with its settings checked.
 
     Raises:
       ConfigError: No such embedder, an unknown key, or a value of the wrong type or range.
     """
-    kind = find("embedder", name, EMBEDDERS, "fedsynth.embedders", Embedder)  # type: ignore[type-abstract]
+    kind = installed("embedder", name, EMBEDDERS, "fedsynth.embedders", Embedder)  # type: ignore[type-abstract]
     return build(kind, settings, f"embedder {name!r}")
 
 

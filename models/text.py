@@ -17,7 +17,7 @@ from ..core.candidates import Candidates
 from ..core.errors import ConfigError
 from ..core.generation import Subject
 from ..core.open_codes import cut_text
-from ..core.plugins import build, find
+from ..core.plugins import build, installed
 from ..core.texts import as_texts
 from .language import LanguageModel, Prompt
 from .replies import Replies
@@ -48,7 +48,7 @@ class TextWriter(VariationModel):
       tones: Moods they may be in; empty: common ones.
       max_words: Of the longest text.
       language: The language model: `llama` (llama.cpp in this process), `endpoint` (any that
-        speaks OpenAI's protocol), `transformers` (a local folder), or `module:Name`.
+        speaks OpenAI's protocol), `transformers` (a local folder), or one that is installed.
       language_settings: Its settings.
       fill_in_share: Of variations that fill in blanks; the others are paraphrases.
       blanks: Where blanks are: at the `end`, which a small model fills well, or `anywhere`.
@@ -176,7 +176,7 @@ class TextWriter(VariationModel):
 
     def _model(self) -> LanguageModel:
         """The language model."""
-        kind = find(
+        kind = installed(
             "language model",
             self.language,
             LANGUAGES,

@@ -66,7 +66,7 @@ class VariationModel(ABC):
     """A public model: proposes one part of records from nothing, and varies it.
 
     A frozen dataclass whose fields are its settings. It is found by the entry points
-    `fedsynth.models`, or as `module:Name`.
+    `fedsynth.models`.
 
     Privacy:
       None is spent, whatever it does: `Candidates` hold public and released values only, and no

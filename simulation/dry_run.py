@@ -13,6 +13,7 @@ from ..core import accounting
 from ..core.answering import answered
 from ..core.candidates import Candidates
 from ..core.choice import score_sensitivity
+from ..core.embedding import EMBEDDER
 from ..core.generation import PLACES, Generation
 from ..core.privacy import NoisePlacement
 from ..core.query import NoisySum, Query
@@ -75,6 +76,7 @@ def stand_in(request: Generation) -> Candidates:
     if request.embedder:
         embedder = build_embedder(request.embedder, json.loads(request.embedder_settings))
         extras[PLACES] = np.zeros((num, embedder.dim), dtype=np.int16)
+        extras[EMBEDDER] = np.zeros((num, 32), dtype=np.uint8)
     return replace(request.candidates, images=images, texts=texts, extras=extras)
 
 

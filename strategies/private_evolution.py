@@ -101,7 +101,7 @@ class PrivateEvolution(Strategy):
       model: The public model that makes images or texts. `strokes`: random curves; give them 12
         rounds or more. `digits`: handwritten digits; the label's categories must be digits.
         `blobs`: smooth colors; knows nothing of lines. `writer`: a language model. Empty:
-        `strokes` for images, `writer` for texts. Another that is installed, or `module:Name`.
+        `strokes` for images, `writer` for texts. Or another that is installed.
       model_settings: Its settings.
       embedder: What tells which candidates are near a record, the same at all clients. Empty:
         `minilm` for texts; for images their pixels, blurred and averaged.
@@ -230,9 +230,7 @@ class PrivateEvolution(Strategy):
             weights = weights if fitness is None else fitness
             if number == self.num_rounds - 1:
                 break
-            if (
-                fitness is None or found is None
-            ):  # nothing was learned: the same pool is asked about again
+            if fitness is None or found is None:  # nothing was learned: ask about the same pool
                 lineage.append(np.arange(len(pool)))
                 continue
             kept, varied = self._choosing.parents(weights, groups, origins, rng)
@@ -443,7 +441,6 @@ class PrivateEvolution(Strategy):
             clip = norm_clip(np.ones(1), self.max_norm) * tally.longest(self.num_votes)
         elif self.vote == "l1":
             clip = tally.longest(1)
-        embedder = self.embedder_for(schema)
         return ballot(
             schema,
             label,
@@ -451,7 +448,6 @@ class PrivateEvolution(Strategy):
             clip=clip,
             noise_multiplier=noise,
             cells=self._is_linear,
-            fingerprint="" if embedder is None else embedder.fingerprint(),
             clusters=tally.clusters,
         )
 

@@ -28,6 +28,7 @@ GLOBAL_RANDOM = {
 # Where everything is caught, and what it becomes: nothing is ever swallowed in silence.
 EDGES = {
     "client/app.py": "a fixed code, for Flower would send the text of an exception to the server",
+    "client/placing.py": "zeros for the record that makes an embedder fail",
     "client/respond.py": "zeros for the user whose records make a plug-in fail",
     "simulation/check.py": "the finding that a plug-in raised",
     "simulation/cli.py": "exit code 70, a bug",

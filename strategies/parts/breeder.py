@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.candidates import Candidates
+from ...core.embedding import EMBEDDER
 from ...core.generation import PLACES, Generation, Subject
 from ...core.schema import Schema
 from ...models.live import make
@@ -118,4 +119,4 @@ def modality_of(schema: Schema) -> Modality:
 
 def without_places(extras: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """All extras but embeddings, which are sent to clients and made anew."""
-    return {name: rows for name, rows in extras.items() if name != PLACES}
+    return {name: rows for name, rows in extras.items() if name not in (PLACES, EMBEDDER)}

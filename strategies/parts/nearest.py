@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.embedding import STEPS
+from ...models.pixels import pooled
 
 _LEVELS = 255  # steps of a feature
 _COARSEST = 63  # with fewer steps than this in float32, float64 is taken, exact up to 2^53
 _EXACT32 = 1 << 24  # whole numbers up to here are exact in float32
 _CHUNK = 1 << 22  # features or distances held at a time
 _LONGEST = 2.0  # more than the square of an embedding's length, however coarsely it is rounded
-_SIDE = 14  # images are averaged down to at most this many pixels a side
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,26 +172,6 @@ class Finder:
             levels = (sums * self._levels + white // 2) // white
             parts.append(levels.reshape(len(images), -1).astype(self._dtype))
         return np.concatenate(parts, axis=1)
-
-
-def pooled(images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], int]:
-    """Images blurred by 1-2-1 both ways and summed over blocks; and what white sums to.
-
-    A fixed public embedding, `(num_images, rows, columns, channels)` with at most 14 rows and
-    columns: small shifts of a line cost little.
-    """
-    num, height, width, channels = images.shape
-    rows, columns = -(-height // _SIDE), -(-width // _SIDE)
-    bordered = np.pad(
-        images.astype(np.int32),
-        ((0, 0), (1, 1 + -height % rows), (1, 1 + -width % columns), (0, 0)),
-    )
-    down = bordered[:, :-2] + 2 * bordered[:, 1:-1] + bordered[:, 2:]
-    blurred = down[:, :, :-2] + 2 * down[:, :, 1:-1] + down[:, :, 2:]
-    blocks = blurred.reshape(
-        num, blurred.shape[1] // rows, rows, blurred.shape[2] // columns, columns, channels
-    )
-    return blocks.sum(axis=(2, 4), dtype=np.int64), 16 * 255 * rows * columns
 
 
 def _lookup(codes: NDArray[np.int32], num_bins: int, num_cells: int) -> NDArray[np.int64]:

@@ -29,7 +29,6 @@ def ballot(
     clip: float,
     noise_multiplier: float,
     cells: bool,
-    fingerprint: str = "",
     clusters: NDArray[np.int64] | None = None,
 ) -> Query:
     """The query for votes on a pool.
@@ -37,11 +36,10 @@ def ballot(
     Args:
       schema: Public schema.
       label: Column that a record and the candidates it votes for agree on, or -1.
-      pool: What is voted on.
+      pool: What is voted on, with the fingerprint of what placed it, which clients check.
       clip: The query's.
       noise_multiplier: The query's.
       cells: Whether a user's votes are counted cells.
-      fingerprint: Of the embedder that placed the pool, if one did; clients check it.
       clusters: Cluster of each candidate, whose votes are counted too, or `None`.
     """
     num_cells, num_bins = _columns_of(schema)
@@ -53,7 +51,7 @@ def ballot(
     }
     if PLACES in pool.extras:
         inputs[PLACES] = pool.extras[PLACES]
-        inputs[EMBEDDER] = np.frombuffer(bytes.fromhex(fingerprint), dtype=np.uint8)
+        inputs[EMBEDDER] = pool.extras[EMBEDDER][0]
     elif pool.images is not None:
         inputs["images"] = pool.images
     dim = len(pool)

@@ -96,7 +96,7 @@ def test_the_fingerprint_says_the_shape_however_it_is_written():
 
 
 def test_a_run_file_can_build_it():
-    built = build_embedder("fedsynth.models.pixels:Pixels", {"shape": [28, 28, 1]})
+    built = build_embedder("pixels", {"shape": [28, 28, 1]})
 
     assert built == Pixels((28, 28, 1))
 

@@ -4,14 +4,16 @@
 import inspect
 import json
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fedsynth.client import placing
+from fedsynth.client import app, placing, respond
 from fedsynth.client.placing import placed
 from fedsynth.client.shard import Shard
+from fedsynth.core import embedding, plugins
 from fedsynth.core.config import parse_config
 from fedsynth.core.errors import ConfigError, Interrupted, SecurityRefusal
 from fedsynth.core.randomness import OsKeyStream
@@ -19,6 +21,7 @@ from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Column, Schema, TextColumn
 from fedsynth.core.texts import as_texts
 from fedsynth.models import registry
+from fedsynth.models.minilm import MiniLM
 from fedsynth.models.words import WordHashes, Words
 from fedsynth.server import generations
 from fedsynth.server.planned import Plan, plan_of, unfinished
@@ -77,6 +80,7 @@ def test_a_release_of_texts_holds_what_models_made_and_replays_without_them(whol
     monkeypatch.setattr(Words, "random", refuse)
     monkeypatch.setattr(Words, "vary", refuse)
     monkeypatch.setattr(WordHashes, "embed", refuse)
+    monkeypatch.setattr(WordHashes, "fingerprint", refuse)
 
     assert sorted(path.name for path in (whole / "generations").iterdir()) == [
         "000001.safetensors",
@@ -180,6 +184,71 @@ def test_a_damaged_file_of_embeddings_is_made_anew(tmp_path):
     assert np.array_equal(
         placed(users, WordHashes(), tmp_path).records.places, first.records.places
     )
+
+
+class Fragile(WordHashes):
+    """An embedder that some records make fail, or answer in another shape."""
+
+    def embed(self, records):
+        if "poison" in records:
+            raise ValueError("poison")
+        found = super().embed(records)
+        return found[:-1] if "short" in records else found
+
+
+def test_a_record_that_makes_an_embedder_fail_takes_no_part_and_no_other_is_lost():
+    texts = ["a b", "poison", "c", "short", "d e f"]
+    records = Records(np.zeros((5, 0), np.int32), texts=as_texts(texts))
+    users = BoundedShard(records, np.arange(5), 5, 1)
+
+    found = placed(users, Fragile(128)).records.places
+
+    assert not found[[1, 3]].any()
+    assert np.array_equal(
+        found[[0, 2, 4]], embedding.whole(WordHashes(128).embed(["a b", "c", "d e f"]))
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"embedder": "this:that"}, {"embedder": "minilm", "embedder_settings": {"path": "/etc"}}],
+)
+def test_a_server_has_a_client_import_nothing_and_read_no_file(tmp_path, monkeypatch, settings):
+    asked = []
+    real = respond.respond
+
+    def tampered(ask, site, stream):
+        given = json.loads(ask.settings) | {"embedder_settings": {}} | settings
+        asked.append(replace(ask, settings=json.dumps(given)))
+        return real(asked[-1], site, stream)
+
+    def refuse(*_):
+        raise AssertionError("a client went after what a server named")
+
+    monkeypatch.setattr(app, "respond", tampered)
+    monkeypatch.setattr(plugins, "_imported", refuse)
+    monkeypatch.setattr(MiniLM, "fingerprint", refuse)
+    with pytest.raises(ConfigError, match="embedder is not the server's"):
+        run_local(planned(tmp_path), stream=OsKeyStream(), data=population())
+
+    assert asked
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "this:that"},
+        {"embedder": "this:that"},
+        {"model": "writer", "model_settings": {"about": "x", "language": "this:that"}},
+    ],
+)
+def test_a_card_has_no_module_imported_either(tmp_path, monkeypatch, settings):
+    def refuse(*_):
+        raise AssertionError("a module was imported because settings name it")
+
+    monkeypatch.setattr(plugins, "_imported", refuse)
+    with pytest.raises(ConfigError, match="must be installed as an entry point"):
+        planned(tmp_path, **settings)
 
 
 class Other(WordHashes):
