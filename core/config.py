@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from .electorate import ALIKE, Electorate
 from .errors import ConfigError
 from .privacy import Budget, NoisePlacement, PrivacyUnit, Relation
 
@@ -52,6 +53,9 @@ class PopulationSection(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
     num_users: Whole = Field(ge=1)  # a public lower bound on the number of users
+    # publicly known of typical users, each of whom stands for as many; a plan alone reads it
+    typical_records: Whole | tuple[Whole, ...] = 1
+    alike: Real = ALIKE  # share of pairs of one user's records nearest to one candidate of 100
     epsilon: Real  # the most that all runs together may ever spend
     delta: Real
     accept_weak: StrictBool = False
@@ -177,6 +181,16 @@ class RunConfig(Section):
         delta = self.population.delta if self.budget.delta is None else self.budget.delta
         return Budget(float(self.budget.epsilon), delta, self.budget.accept_weak)
 
+    def electorate(self, num_heard: float | None = None) -> Electorate:
+        """What is declared of the users, or of so many of them as are heard."""
+        declared = self.population
+        return Electorate.of(
+            declared.num_users if num_heard is None else num_heard,
+            declared.typical_records,
+            declared.alike,
+            max_records=self.unit.max_records,
+        )
+
     def check(self) -> Self:
         """This configuration, once the promise it describes means something.
 
@@ -190,6 +204,10 @@ class RunConfig(Section):
             except ConfigError as error:
                 raise ConfigError(f"[{section}] {error}") from error
         _ = self.privacy_unit
+        try:
+            _ = self.electorate()
+        except ConfigError as error:
+            raise ConfigError(f"[population] {error}") from error
         return self
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .electorate import Electorate
 from .embedding import Embedder
 from .errors import ConfigError
 from .generation import Generation
@@ -351,6 +352,11 @@ class Strategy(ABC):
     embedder or `None`. Clients then answer with `shard.records.places` filled in, and refuse a
     query whose input `embedder`, 32 bytes, is another fingerprint than their own embedder's.
 
+    A strategy that knows what it will hear of so many users has methods `check_signal(schema,
+    noise_multiplier, users)`, which refuses a hopeless run, and `prospect` of the same arguments,
+    which a plan shows; `users` is an `Electorate`. One that asks a public model has a method
+    `workload(schema)`, by which a plan says what that takes.
+
     What whoever uses its records must be warned of stands in an attribute or a property `caution`:
     plain sentences, which a plan and the card of a release show; see `caution_of`.
     """
@@ -423,18 +429,18 @@ def check_reads(strategy: Strategy, schema: Schema) -> None:
 
 
 def check_signal(
-    strategy: Strategy, schema: Schema, noise_multiplier: float, num_users: float
+    strategy: Strategy, schema: Schema, noise_multiplier: float, users: Electorate
 ) -> None:
     """Refuse a run of which a strategy knows beforehand that nothing can be learned.
 
-    A strategy that knows has a method `check_signal(schema, noise_multiplier, num_users)`.
+    A strategy that knows has a method `check_signal(schema, noise_multiplier, users)`.
 
     Raises:
       ConfigError: It is hopeless.
     """
     found = getattr(strategy, "check_signal", None)
     if found is not None:
-        found(schema, noise_multiplier, num_users)
+        found(schema, noise_multiplier, users)
 
 
 def embedder_of(strategy: Strategy, schema: Schema) -> Embedder | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..core import accounting
 from ..core.config import RunConfig, read_started
+from ..core.electorate import Electorate
 from ..core.errors import ConfigError
 from ..core.privacy import NoisePlacement
 from ..core.query import Strategy, check_reads, check_signal, trusts_server
@@ -67,6 +68,14 @@ class Plan:
         }
 
     @property
+    def heard(self) -> Electorate:
+        """The declared users; as many fewer as the noise is more than a query's own."""
+        config = self.config
+        local = config.noise.placement is NoisePlacement.LOCAL
+        over = math.sqrt(config.engine.clients) if local else 1.0
+        return config.electorate(config.population.num_users / (config.unit.max_clients * over))
+
+    @property
     def rng(self) -> np.random.Generator:
         """Public randomness of the strategy's server half."""
         return rounds_rng(self.config.seed)
@@ -103,18 +112,16 @@ def plan_of(config: RunConfig, *, run: str | None = None) -> Plan:
     budget = config.run_budget
     noise = accounting.calibrate(lambda z: strategy.event(schema, z), budget)
     event = strategy.event(schema, noise)
-    local = config.noise.placement is NoisePlacement.LOCAL
     if config.unit.max_clients > 1 and any(prob < 1 for _, prob in accounting.leaves(event)):
         raise ConfigError(
             f"strategy {config.strategy.name!r} samples users by coins, but a user may lie at"
             f" {config.unit.max_clients} clients, which flip a coin each; what that costs has no"
             " price here. Use sampling_prob = 1, or unit.max_clients = 1"
         )
-    over = math.sqrt(config.engine.clients) if local else 1.0
-    heard = config.population.num_users / (config.unit.max_clients * over)
-    check_signal(strategy, schema, noise, heard)
+    plan = Plan(run or new_run_id(config.strategy.name), config, schema, strategy, noise, event)
+    check_signal(strategy, schema, noise, plan.heard)
     accounting.price(event, budget.delta)  # the cross-check must hold before anything is asked
-    return Plan(run or new_run_id(config.strategy.name), config, schema, strategy, noise, event)
+    return plan
 
 
 def new_run_id(strategy: str) -> str:

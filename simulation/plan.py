@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..client.respond import BLOCK_BYTES
 from ..core import accounting
@@ -15,9 +15,14 @@ from ..core.config import RunConfig
 from ..core.errors import BudgetExceeded
 from ..core.privacy import NoisePlacement
 from ..core.query import Query, caution_of
+from ..models.variation import Estimate
 from ..server.planned import Plan, plan_of
 from ..strategies.discovered import Discovered
+from ..strategies.parts.signal import Prospect, prospect_of
 from .dry_run import Question, questions_of, stddev_of
+
+if TYPE_CHECKING:
+    from ..models.workload import Workload
 
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 _BASE_BYTES = 250 << 20  # of a process that has imported what a run needs
@@ -63,6 +68,25 @@ class Step:
 
 
 @dataclass(frozen=True)
+class ModelUse:
+    """What a run asks of its public model, and where that happens.
+
+    Attributes:
+      name: Of the model.
+      fingerprint: Of all that its candidates depend on.
+      sends_to: Where candidates are sent: empty for nowhere beyond this process, else a URL.
+      num_candidates: Candidates that it proposes and varies, at most.
+      estimate: About what that takes.
+    """
+
+    name: str
+    fingerprint: str
+    sends_to: str
+    num_candidates: int
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
 class Outlook:
     """All that can be said of a run beforehand, from public facts and the ledger alone.
 
@@ -87,6 +111,8 @@ class Outlook:
       engine: What carries the messages.
       num_clients: Clients that are asked.
       caution: What the method warns the users of its records of; empty for most.
+      proposal: Settings that would hear more of the users; empty for most.
+      model: The public model that the method asks; `None`: it asks none.
     """
 
     population: str
@@ -109,6 +135,8 @@ class Outlook:
     engine: str
     num_clients: int
     caution: str = ""
+    proposal: str = ""
+    model: ModelUse | None = None
 
     @property
     def num_rounds(self) -> int:
@@ -161,6 +189,7 @@ def outlook(config: RunConfig) -> Outlook:
     queries = [question.query for question in questions]
     spent, spent_after = _spent(plan)
     per_client = config.engine.kind in ("superlink", "loopback")
+    prospect = prospect_of(plan.strategy, plan.schema, plan.noise_multiplier, plan.heard)
     return Outlook(
         population=config.population.name,
         unit="each record" if unit.column is None else f"each user of {unit.column}",
@@ -175,13 +204,15 @@ def outlook(config: RunConfig) -> Outlook:
         spent=spent,
         spent_after=spent_after,
         cap=config.population.cap.epsilon,
-        steps=tuple(_steps(plan, questions)),
+        steps=tuple(_steps(plan, questions, prospect)),
         by_round=tuple(_by_round(plan, queries)),
         memory_bytes=_memory(plan, queries, 1 if not per_client else config.engine.clients),
         per_client=per_client,
         engine=config.engine.kind,
         num_clients=config.engine.clients,
         caution=caution_of(plan.strategy),
+        proposal="" if prospect is None else prospect.proposal,
+        model=_model(plan),
     )
 
 
@@ -225,8 +256,12 @@ def lines_of(seen: Outlook) -> list[tuple[str, str]]:
     )
     for index, step in enumerate(seen.steps):
         lines.append(("" if index else "Expect", f"{step.query}: {step.expect}"))
+    if seen.proposal:
+        lines.append(("Propose", seen.proposal))
     if seen.caution:
         lines.append(("Caution", seen.caution))
+    if seen.model is not None:
+        lines.append(("Model", _told(seen.model)))
     down = max(step.bytes_down for step in seen.steps)
     up = max(step.bytes_up for step in seen.steps)
     lines.append(
@@ -246,7 +281,37 @@ def worst_odds(odds: float) -> str:
     return f"{math.ceil(odds * 1000 - 1e-9) / 10:g} %"
 
 
-def _steps(plan: Plan, questions: list[Question]) -> Iterator[Step]:
+def _model(plan: Plan) -> ModelUse | None:
+    """What the run asks of a public model."""
+    found = getattr(plan.strategy, "workload", None)
+    if found is None:
+        return None
+    work: Workload = found(plan.schema)
+    return ModelUse(
+        name=work.model.name,
+        fingerprint=work.model.fingerprint(),
+        sends_to=work.model.capabilities().sends_to,
+        num_candidates=work.num_candidates,
+        estimate=work.estimate,
+    )
+
+
+def _told(model: ModelUse) -> str:
+    """What a public model is asked, and what that takes, in words."""
+    takes = model.estimate
+    parts = (
+        f"by {model.name} ({model.fingerprint[:12]})",
+        f"sent to {model.sends_to}" if model.sends_to else "made here and sent nowhere",
+        f"about {takes.tokens_in:,.3g} tokens in, at most {takes.tokens_out:,.3g} out"
+        if takes.tokens_out
+        else "",
+        f"about {takes.cpu_s:,.3g} CPU-s" if takes.cpu_s else "",
+        f"a cost of about {takes.cost:,.3g}" if takes.cost else "",
+    )
+    return f"at most {model.num_candidates:,} candidates " + "; ".join(filter(None, parts))
+
+
+def _steps(plan: Plan, questions: list[Question], prospect: Prospect | None) -> Iterator[Step]:
     """Rounds that ask the same question, taken together, in the order of their first."""
     alike: dict[tuple[str, float], list[int]] = {}
     for number, question in enumerate(questions):
@@ -258,7 +323,9 @@ def _steps(plan: Plan, questions: list[Question]) -> Iterator[Step]:
         noises = [question.query.noise_multiplier for question in same]
         stddevs = [stddev_of(plan, question.query) for question in same]
         done = accounting.event_of(Counter(leaves[: numbers[-1] + 1]))
-        expected = [_expected(plan, q.query, n) for q, n in zip(same, stddevs, strict=True)]
+        expected = [
+            _expected(plan, q.query, n, prospect) for q, n in zip(same, stddevs, strict=True)
+        ]
         yield Step(
             query=name,
             num_rounds=len(same),
@@ -298,8 +365,10 @@ def _range(step: Step) -> str:
     return _ends([f"{step.noise_multiplier:.3g}", f"{step.noise_multiplier_most:.3g}"])
 
 
-def _expected(plan: Plan, query: Query, stddev: float) -> str:
-    """Signal beside noise, from the declared number of users alone."""
+def _expected(plan: Plan, query: Query, stddev: float, prospect: Prospect | None) -> str:
+    """Signal beside noise, from what is declared of the users alone."""
+    if prospect is not None and query.name == prospect.query:
+        return f"{prospect.expect}: {_verdict(prospect.ratio)}"
     if isinstance(plan.strategy, Discovered) and (
         told := plan.strategy.expected(plan.schema, query.name, stddev)
     ):

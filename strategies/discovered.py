@@ -11,15 +11,26 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
+from ..core.electorate import Electorate
 from ..core.embedding import Embedder
 from ..core.errors import ConfigError
 from ..core.open_codes import MISSING_NUMBER, bytes_of, number_codes, text_words
-from ..core.query import Contribution, NoisySum, Query, Steps, Strategy, embedder_of, trusts_server
+from ..core.query import (
+    Contribution,
+    NoisySum,
+    Query,
+    Steps,
+    Strategy,
+    check_signal,
+    embedder_of,
+    trusts_server,
+)
 from ..core.records import BoundedShard
 from ..core.schema import MAX_OPEN_BYTES, Column, Schema
 from .parts.heavy_texts import TextSketch, text_keys
 from .parts.histograms import norm_clip
 from .parts.quantiles import TAIL, CountTree, bin_edges, coarse_edges, finer_edges
+from .parts.signal import Prospect, prospect_of
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
@@ -32,6 +43,7 @@ _FINE_CELLS = 512  # of a number in the second round
 _COARSE_SHARE = 0.4  # of a number's part of the budget, for the first round
 _TEXT_NORM = 3**0.5  # of a category's part of a record, where a number's is 1: texts need more
 _READABLE = 14.0  # noise deviations of users from which eight letters can mostly be read
+_TYPICAL = 20  # cells that an open column may be found to have
 _FIRST, _SECOND = "domain", "domain_bins"
 _PREFIX = "domain_"
 
@@ -121,6 +133,22 @@ class Discovered(Strategy):
         norm = getattr(self.inner, "max_norm", None)
         return norm if isinstance(norm, float) else None
 
+    def check_signal(self, schema: Schema, noise_multiplier: float, users: Electorate) -> None:
+        """Refuse what the inner strategy refuses, on a schema such as might be found."""
+        check_signal(self.inner, *self._likely(schema, noise_multiplier), users)
+
+    def prospect(
+        self, schema: Schema, noise_multiplier: float, users: Electorate
+    ) -> Prospect | None:
+        """What the inner strategy expects, on a schema such as might be found."""
+        return prospect_of(self.inner, *self._likely(schema, noise_multiplier), users)
+
+    def _likely(self, schema: Schema, noise_multiplier: float) -> tuple[Schema, float]:
+        """A closed schema such as might be found, and the inner strategy's noise multiplier."""
+        if not schema.is_open:
+            return schema, noise_multiplier
+        return _made_up(schema, _TYPICAL), self._noise(schema, noise_multiplier)[-1]
+
     def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
         """One or two Gaussian sums for the domain, then the inner strategy's event.
 
@@ -132,7 +160,7 @@ class Discovered(Strategy):
         if not schema.is_open:
             return self.inner.event(schema, noise_multiplier)
         *domain, noise = self._noise(schema, noise_multiplier)
-        events = [self.inner.event(_made_up(schema, cells), noise) for cells in (1, 2, 20)]
+        events = [self.inner.event(_made_up(schema, cells), noise) for cells in (1, 2, _TYPICAL)]
         if any(leaves(event) != leaves(events[-1]) for event in events):
             raise ConfigError(
                 f"what strategy {self.inner.name!r} costs depends on the columns' domains, so they"

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.candidates import Candidates
+from ..core.electorate import Electorate
 from ..core.embedding import Embedder
 from ..core.errors import ConfigError
 from ..core.generation import PLACES, Subject
@@ -18,12 +19,13 @@ from ..core.query import Contribution, NoisySum, Query, Steps, Strategy
 from ..core.records import BoundedShard
 from ..core.schema import Schema
 from ..models.registry import build_embedder, build_model
+from ..models.workload import Workload
 from .parts.breeder import Breeder, modality_of, without_places
 from .parts.histograms import Grid, Histograms, cells_of, norm_clip
 from .parts.parents import Choosing, Selection
 from .parts.pool import Pool
 from .parts.settings import check_range
-from .parts.signal import Signal
+from .parts.signal import Prospect, Signal
 from .parts.simplex import pooled_total, to_simplex
 from .parts.tally import Estimate, Tally, clusters_of
 from .parts.votes import (
@@ -304,10 +306,10 @@ class PrivateEvolution(Strategy):
         """Refuse a schema that these settings do not fit."""
         label = label_of(schema, self.label)
         labels = 1 if label < 0 else schema.shape[label]
-        if self.num_candidates < labels * self.num_votes:
+        if self.num_candidates < self._fewest(schema):
             raise ConfigError(
                 f"num_candidates = {self.num_candidates} is too few for {labels} labels with"
-                f" num_votes = {self.num_votes}; use at least {labels * self.num_votes}, or"
+                f" num_votes = {self.num_votes}; use at least {self._fewest(schema)}, or"
                 " label = '' to go without a label"
             )
         if modality_of(schema) == "table" and len(schema.columns) == (label >= 0):
@@ -364,24 +366,13 @@ class PrivateEvolution(Strategy):
             lookahead=self.lookahead,
         )
 
-    def signal(
-        self,
-        schema: Schema,
-        noise_multiplier: float,
-        num_users: float,
-        *,
-        records: NDArray[np.float64] | float = 1.0,
-        distinct: NDArray[np.float64] | float = 1.0,
-    ) -> Signal:
+    def signal(self, schema: Schema, noise_multiplier: float, users: Electorate) -> Signal:
         """What users' votes will be beside their noise.
 
         Args:
           schema: Public schema.
           noise_multiplier: As in `event`.
-          num_users: Users who vote.
-          records: Of a user: a number, or typical users' numbers.
-          distinct: Candidates that the votes of a user's records are spread over, evenly, for one
-            vote a record; as long as `records`.
+          users: Who votes, as far as is declared.
         """
         noise = self._noises(schema, noise_multiplier)[-1]
         num_labels = 1 if (label := label_of(schema, self.label)) < 0 else schema.shape[label]
@@ -389,7 +380,8 @@ class PrivateEvolution(Strategy):
         share = self.cluster_share if num_clusters else 0.0
         fine, coarse = math.sqrt(1 - share), math.sqrt(share)
         longest = math.hypot(fine * math.sqrt(self.num_votes), coarse * self.num_votes)
-        held, spread = np.asarray(records, dtype=np.float64), np.sqrt(distinct)
+        held = np.array(users.records, dtype=np.float64)
+        spread = np.sqrt(users.spread(self.num_candidates / self.num_votes))
         # how many records' votes of a user are heard, where one record's votes are `longest` long
         clip, heard = {
             "l2_clip": (self.max_norm * longest, np.minimum(held, self.max_norm * spread)),
@@ -399,7 +391,7 @@ class PrivateEvolution(Strategy):
         }[self.vote]
         stddev = noise * clip / float(heard.mean())
         return Signal(
-            num_users=num_users,
+            num_users=users.num_users,
             num_candidates=self.num_candidates,
             num_votes=self.num_votes,
             stddev=stddev / fine,
@@ -407,15 +399,37 @@ class PrivateEvolution(Strategy):
             cluster_stddev=stddev / coarse if num_clusters else math.inf,
         )
 
-    def check_signal(self, schema: Schema, noise_multiplier: float, num_users: float) -> None:
+    def check_signal(self, schema: Schema, noise_multiplier: float, users: Electorate) -> None:
         """Refuse a run whose votes would all drown.
 
         Raises:
           ConfigError: They would; says what to set instead.
         """
+        found = self.signal(schema, noise_multiplier, users)
+        found.check(self.num_rounds, self._fewest(schema))
+
+    def prospect(self, schema: Schema, noise_multiplier: float, users: Electorate) -> Prospect:
+        """What to expect of the votes, and which other settings would hear more."""
+        # by no other rule do users, whatever they hold, add more to a sum beside its noise
+        loudest = replace(self, vote="l2_clip", max_norm=1.0)
+        found, louder = (s.signal(schema, noise_multiplier, users) for s in (self, loudest))
+        return found.prospect(
+            *("votes", self.num_rounds, self._fewest(schema)),
+            louder=louder,
+            rule="vote = 'l2_clip' with max_norm = 1",
+        )
+
+    def workload(self, schema: Schema) -> Workload:
+        """What the run asks of its model: a pool a round at most, with all that it looks ahead."""
+        name, settings = self._model(schema)
+        subject = Subject(schema, label_of(schema, self.label))
+        num = self.num_candidates * self.num_rounds * (1 + self.lookahead)
+        return Workload(build_model(name, settings), subject, num)
+
+    def _fewest(self, schema: Schema) -> int:
+        """Candidates that every label needs, so that a record can cast its votes."""
         label = label_of(schema, self.label)
-        fewest = self.num_votes * (1 if label < 0 else schema.shape[label])
-        self.signal(schema, noise_multiplier, num_users).check(self.num_rounds, fewest)
+        return self.num_votes * (1 if label < 0 else schema.shape[label])
 
     @property
     def _choosing(self) -> Choosing:

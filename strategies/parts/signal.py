@@ -1,19 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """What votes on a pool can be told from noise, known before anybody is asked.
 
-All from public facts: the declared number of users, the settings, and the noise that the budget
-calls for. Users are taken to hold one record each, which is the least they can; of several records
-of a user more is heard, unless they are clipped away.
+All from public facts: what is declared of the users (`core/electorate.py`), the settings, and the
+noise that the budget calls for.
 """
 
 import math
 from dataclasses import dataclass, replace
 from typing import Self
 
+from ...core.electorate import Electorate
 from ...core.errors import ConfigError
+from ...core.query import Strategy
+from ...core.schema import Schema
 from .simplex import CLEAR
 
 USABLE = 1.0  # noise deviations that a candidate of average votes should have
+_ADEQUATE = 5.0  # from so many on, a larger pool is worth its noise
+_BETTER = 1.25  # times as much that another rule must hear to be proposed
+_FEWEST = 10  # candidates below which no pool is proposed
+_ROUNDS = (6, 4, 3, 2, 1)  # that are proposed instead of more
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What a plan shows of votes to come.
+
+    Attributes:
+      query: Name of the question that it is about.
+      expect: A candidate's votes beside their noise, in words.
+      ratio: The same as a number.
+      proposal: Settings that would hear more; empty if there are none to speak of.
+    """
+
+    query: str
+    expect: str
+    ratio: float
+    proposal: str
 
 
 @dataclass(frozen=True)
@@ -78,12 +101,41 @@ class Signal:
           num_rounds: Rounds of the run as it stands.
           fewest: Candidates below which a pool cannot go.
         """
-        for rounds in (num_rounds, *(r for r in (6, 4, 3, 2, 1) if r < num_rounds)):
+        for rounds in (num_rounds, *(r for r in _ROUNDS if r < num_rounds)):
             size = self.in_rounds(rounds, num_rounds).usable_candidates
-            if size >= max(fewest, 10):
+            if size >= max(fewest, _FEWEST):
                 also = "" if rounds == num_rounds else f" and num_rounds = {rounds}"
                 return f"set num_candidates = {_round(size)}{also}"
         return "more users or a larger epsilon are needed; no pool and no number of rounds will do"
+
+    def prospect(
+        self, query: str, num_rounds: int, fewest: int, *, louder: Self, rule: str
+    ) -> Prospect:
+        """What to expect, and what would be better by a margin.
+
+        Args:
+          query: Name of the question.
+          num_rounds: Rounds of the run as it stands.
+          fewest: Candidates below which a pool cannot go.
+          louder: The signal under the rule of voting that hears most.
+          rule: The settings that call for it.
+        """
+        expect = (
+            f"each of {self.num_candidates:,} candidates has {self.each:,.3g} times its noise of"
+            " votes if they are spread evenly"
+        )
+        if self.num_clusters:
+            expect += f", each of {self.num_clusters:,} clusters {self.of_clusters:,.3g} times"
+        told, heard = [], self
+        if louder.each >= _BETTER * self.each:
+            heard = louder
+            told.append(f"{rule} would hear {heard.each / self.each:,.3g} times as much")
+        if max(heard.each, heard.of_clusters) < USABLE:
+            told.append(heard.proposal(num_rounds, fewest))
+        elif heard.each >= _ADEQUATE:
+            size = _round(heard.usable_candidates)
+            told.append(f"pools up to num_candidates = {size} would be usable")
+        return Prospect(query, expect, max(self.each, self.of_clusters), "; ".join(told))
 
     def check(self, num_rounds: int, fewest: int) -> None:
         """Refuse a run of which nothing can be learned.
@@ -98,6 +150,14 @@ class Signal:
                 f" {self.total:.2g} times their noise, and {CLEAR:g} are needed. Nothing was"
                 f" asked or spent; {self.proposal(num_rounds, fewest)}"
             )
+
+
+def prospect_of(
+    strategy: Strategy, schema: Schema, noise_multiplier: float, users: Electorate
+) -> Prospect | None:
+    """What a strategy expects to hear of users; `None` for one that does not say."""
+    found = getattr(strategy, "prospect", None)
+    return None if found is None else found(schema, noise_multiplier, users)
 
 
 def _round(size: int) -> int:

@@ -12,7 +12,7 @@ import pytest
 from dp_accounting.dp_event import DpEvent
 from fedsynth.core import accounting
 from fedsynth.core.config import RunConfig, parse_config
-from fedsynth.core.errors import BudgetExceeded
+from fedsynth.core.errors import BudgetExceeded, ConfigError
 from fedsynth.core.query import Contribution, NoisySum, Query, Strategy
 from fedsynth.server.ledger import Ledger
 from fedsynth.server.planned import plan_of
@@ -265,3 +265,82 @@ def test_made_up_sums_count_the_declared_users_in_every_table(tmp_path: Path):
 
     assert found[0].counts == pytest.approx(np.array([[90, 90], [210, 210]]))
     assert found[1].counts == pytest.approx(np.array([300, 300]))
+
+
+def voting_in(folder: Path, **population: Any) -> RunConfig:
+    strategy = {"name": "private_evolution", "num_candidates": 60, "max_norm": 4.0, "lookahead": 0}
+    return config_in(
+        folder,
+        population={"num_users": 20_000, "delta": 1e-7, **population},
+        unit={"max_records": 10},
+        strategy=strategy,
+    )
+
+
+def test_more_records_of_typical_users_are_expected_to_be_heard_better(tmp_path: Path):
+    few = outlook(voting_in(tmp_path))
+    many = outlook(voting_in(tmp_path, typical_records=[2, 5, 40]))
+    as_used = outlook(voting_in(tmp_path, typical_records=[2, 5, 10]))
+
+    (told,), (told_few,) = (
+        [step.expect for step in seen.steps if step.query == "votes"] for seen in (many, few)
+    )
+    assert "each of 60 candidates has" in told
+    assert float(told.split("has ")[1].split()[0]) > 1.5 * float(
+        told_few.split("has ")[1].split()[0]
+    )
+    assert many.steps == as_used.steps  # of forty records ten are used
+    assert "max_norm = 1 would hear" in many.proposal
+    assert ("Propose", many.proposal) in lines_of(many)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"), [({"typical_records": 0}, "typical_records"), ({"alike": 2}, "alike")]
+)
+def test_users_that_cannot_be_are_refused_by_name(tmp_path: Path, wrong: Any, where: str):
+    with pytest.raises(ConfigError, match=where):
+        voting_in(tmp_path, **wrong)
+
+
+def test_a_plan_says_what_its_model_is_asked_and_where(tmp_path: Path):
+    seen = outlook(voting_in(tmp_path))
+
+    assert seen.model is not None
+    assert (seen.model.name, seen.model.num_candidates, seen.model.sends_to) == ("table", 360, "")
+    assert seen.to_json()["model"]["fingerprint"] == seen.model.fingerprint
+    assert dict(lines_of(seen))["Model"] == (
+        f"at most 360 candidates by table ({seen.model.fingerprint[:12]}); made here and sent"
+        " nowhere"
+    )
+    assert outlook(config_in(tmp_path)).model is None
+
+
+def test_a_plan_says_to_whom_candidates_go_and_what_that_costs(tmp_path: Path):
+    endpoint = {"base_url": "https://models.example/v1", "model": "large"}
+    prices = {"price_in": 2.0, "price_out": 8.0, "max_cost": 5.0}
+    config = config_in(
+        tmp_path,
+        population={"num_users": 20_000, "delta": 1e-7},
+        data={"schema": "texts.toml"},
+        strategy={
+            "name": "private_evolution",
+            "num_candidates": 60,
+            "embedder": "word_hashes",
+            "model_settings": {
+                "about": "notes",
+                "language": "endpoint",
+                "language_settings": endpoint | prices,
+            },
+        },
+    )
+    (tmp_path / "texts.toml").write_text('[columns.note]\ntype = "text"\nmax_bytes = 100\n')
+
+    seen = outlook(config)
+
+    told = dict(lines_of(seen))["Model"]
+    assert seen.model is not None
+    assert seen.model.estimate.cost > 0
+    assert f"a cost of about {seen.model.estimate.cost:,.3g}" in told
+    assert "at most 360 candidates by writer" in told
+    assert "sent to https://models.example/v1" in told
+    assert f"about {seen.model.estimate.tokens_in:,.3g} tokens in" in told

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fedsynth.core import accounting
 from fedsynth.core.config import parse_config
+from fedsynth.core.electorate import Electorate
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.mechanism import Lattice, clipped_sum
 from fedsynth.core.privacy import Budget, NoisePlacement
@@ -47,7 +48,7 @@ def test_the_signal_is_as_predicted(vote, num_votes, num_clusters):
     settings = {"vote": vote, "num_votes": num_votes, "num_clusters": num_clusters}
     strategy = PrivateEvolution(num_rounds=2, num_candidates=200, grounding=0.0, **settings)
 
-    told = strategy.signal(PLANE, 3.0, USERS)
+    told = strategy.signal(PLANE, 3.0, Electorate(USERS))
     each, of_clusters = measured(strategy, 3.0)
 
     # normalized votes of one record fall into one cluster or several; a prediction takes one
@@ -61,7 +62,87 @@ def test_the_signal_is_as_predicted(vote, num_votes, num_clusters):
 def test_a_bound_below_one_record_is_told_as_it_is():
     strategy = PrivateEvolution(num_rounds=2, num_candidates=200, grounding=0.0, max_norm=0.5)
 
-    assert measured(strategy, 3.0)[0] == pytest.approx(strategy.signal(PLANE, 3.0, USERS).each)
+    assert measured(strategy, 3.0)[0] == pytest.approx(
+        strategy.signal(PLANE, 3.0, Electorate(USERS)).each
+    )
+
+
+RULES = [("l2_clip", 1.0), ("l2_clip", 3.0), ("l2_normalize", 1.0), ("l1", 1.0)]
+
+
+@pytest.mark.parametrize(("vote", "max_norm"), [*RULES, ("one_record", 1.0)])
+def test_the_signal_of_users_with_many_records_is_as_predicted_from_others_like_them(
+    vote, max_norm
+):
+    """Each has a corner of the plane; what is declared was seen in another half of the users."""
+    sizes = rng(4).geometric(0.25, 2 * USERS // 4).clip(max=12)
+    users = np.repeat(np.arange(len(sizes)), sizes)
+    corners = rng(5).integers(0, 64, (len(sizes), 2))[users]
+    codes = np.clip(np.rint(corners + 12 * rng(6).normal(size=corners.shape)), 0, 63)
+    strategy = PrivateEvolution(
+        num_rounds=2, num_candidates=100, grounding=0.0, num_votes=1, vote=vote, max_norm=max_norm
+    )
+    query = next(strategy.rounds(PLANE, 3.0, rng()))
+    seen, asked = users < len(sizes) // 2, users >= len(sizes) // 2
+
+    def shard(chosen):
+        of = users[chosen] - users[chosen].min()
+        return BoundedShard(Records(codes[chosen].astype(np.int32)), of, int(of.max()) + 1, 12)
+
+    one_each = BoundedShard(Records(codes[seen].astype(np.int32)), np.arange(seen.sum()),
+                            int(seen.sum()), 1)  # fmt: skip
+    votes = PrivateEvolution(num_candidates=100, num_votes=1).answer(query, one_each, rng())
+    counts = np.zeros((len(sizes) // 2, 100))
+    np.add.at(counts, (users[seen], votes.indices[:, 0]), 1)
+    held = counts.sum(axis=1)
+    alike = ((counts**2).sum() - held.sum()) / (held * (held - 1)).sum()
+    declared = Electorate(len(sizes) - len(sizes) // 2, tuple(sizes[: len(sizes) // 2]), alike)
+
+    told = strategy.signal(PLANE, 3.0, declared).each
+    answer = strategy.answer(query, shard(asked), rng(2))
+    total = clipped_sum(answer, query) * Lattice.of(query).unit
+    each = total.mean() / (query.noise_multiplier * query.clip)
+
+    assert each == pytest.approx(told, rel=0.05)
+    if vote not in ("l1", "one_record"):  # where records count, taking one of each tells too little
+        assert each > 4 / 3 * strategy.signal(PLANE, 3.0, Electorate(declared.num_users)).each
+
+
+def test_a_rule_that_hears_more_is_proposed_with_its_gain_and_only_by_a_margin():
+    users = Electorate(USERS, (1, 1, 2, 5, 20))
+    loose = PrivateEvolution(num_candidates=100, grounding=0.0, num_votes=1, max_norm=8.0)
+    tight = PrivateEvolution(num_candidates=100, grounding=0.0, num_votes=1)
+
+    gain = tight.signal(PLANE, 3.0, users).each / loose.signal(PLANE, 3.0, users).each
+
+    told = loose.prospect(PLANE, 3.0, users)
+    assert gain > 2
+    assert f"vote = 'l2_clip' with max_norm = 1 would hear {gain:,.3g} times" in told.proposal
+    assert "max_norm" not in tight.prospect(PLANE, 3.0, users).proposal
+    alone = PrivateEvolution(num_candidates=100, grounding=0.0, num_votes=1, vote="l1")
+    assert "max_norm" not in alone.prospect(PLANE, 3.0, Electorate(USERS)).proposal
+
+
+def test_a_pool_that_drowns_singly_is_told_which_size_would_not():
+    strategy = PrivateEvolution(num_candidates=2000, grounding=0.0, num_votes=1)
+
+    told = strategy.prospect(PLANE, 3.0, Electorate(USERS))
+
+    size = int(re.search(r"set num_candidates = (\d+)", told.proposal)[1])
+    assert told.ratio < 1
+    better = PrivateEvolution(num_candidates=size, grounding=0.0, num_votes=1)
+    assert 1 <= better.signal(PLANE, 3.0, Electorate(USERS)).each < 1.2
+
+
+def test_a_pool_that_is_heard_well_is_told_how_large_it_may_be():
+    strategy = PrivateEvolution(num_candidates=50, grounding=0.0, num_votes=1)
+
+    told = strategy.prospect(PLANE, 3.0, Electorate(USERS))
+
+    size = int(re.search(r"num_candidates = (\d+) would be usable", told.proposal)[1])
+    assert told.ratio > 5
+    larger = PrivateEvolution(num_candidates=size, grounding=0.0, num_votes=1)
+    assert 1 <= larger.signal(PLANE, 3.0, Electorate(USERS)).each < 1.2
 
 
 def configured(base, num_users, epsilon, **strategy):
@@ -90,7 +171,7 @@ def test_a_hopeless_run_is_refused_with_settings_that_are_not(tmp_path):
     rounds = re.search(r"num_rounds = (\d+)", str(refusal.value))
     better = {"num_rounds": int(rounds[1]) if rounds else 10, "num_candidates": size}
     plan = plan_of(configured(tmp_path, 2000, 0.5, num_votes=1, **better))
-    told = plan.strategy.signal(PLANE, plan.noise_multiplier, 2000)
+    told = plan.strategy.signal(PLANE, plan.noise_multiplier, Electorate(2000))
     assert 1.0 <= told.each < 1.2
 
 
@@ -122,7 +203,7 @@ def test_what_is_refused_learns_nothing_and_what_is_allowed_does():
     def heard(num_users):
         strategy = PrivateEvolution(num_rounds=1, num_candidates=400, num_votes=1, grounding=0.0)
         noise = accounting.calibrate(lambda z: strategy.event(PLANE, z), Budget(1.0, 1e-5))
-        signal = strategy.signal(PLANE, noise, num_users)
+        signal = strategy.signal(PLANE, noise, Electorate(num_users))
         tally_total = num_users + signal.stddev * 20 * rng().normal(size=2000)
         return signal.total, float((tally_total > 3 * signal.stddev * 20).mean())
 

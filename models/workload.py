@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a whole run asks of a public model, known before it is asked anything."""
+
+from dataclasses import dataclass
+
+from ..core.generation import Subject
+from .variation import Estimate, VariationModel
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Candidates that a run has a model propose and vary.
+
+    Attributes:
+      model: The model.
+      subject: What they are of.
+      num_candidates: How many at most, each time that one is made anew counted.
+    """
+
+    model: VariationModel
+    subject: Subject
+    num_candidates: int
+
+    @property
+    def estimate(self) -> Estimate:
+        """About what that takes."""
+        return self.model.estimate(self.num_candidates, self.subject)
