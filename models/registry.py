@@ -16,6 +16,7 @@ MODELS = {
     "blobs": "models.augment:ImageAugmenter",
     "words": "models.words:Words",
     "writer": "models.text:TextWriter",
+    "policy": "models.policy:Policy",
 }
 EMBEDDERS = {
     "word_hashes": "models.words:WordHashes",

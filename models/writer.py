@@ -43,7 +43,7 @@ _LONGEST_WORD = 40  # in characters
 _MOST_REPEATED = 0.5  # share of pairs of neighboring words that were there before
 _MORE_THAN_ONE = 4  # words asked for, from which on a single one is too few
 _EMPTY_HANDED = 64  # replies without one usable text before a model is given up
-_TONES = (
+TONES = (
     *("plain", "friendly", "annoyed", "polite", "excited", "worried", "brief", "funny", "sad"),
     *("formal", "casual", "surprised"),
 )
@@ -374,7 +374,7 @@ class Writer:
 
     def _tone(self, rng: np.random.Generator) -> str:
         """A random tone."""
-        tones = self.brief.tones or _TONES
+        tones = self.brief.tones or TONES
         return tones[int(rng.integers(len(tones)))]
 
     def _written(self, tries: "Sequence[Sequence[_Try]]") -> tuple[list[str | None], Counts]:

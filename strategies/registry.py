@@ -27,6 +27,7 @@ STRATEGIES = {
     "flaim": "strategies.flaim:Flaim",
     "private_evolution": "strategies.private_evolution:PrivateEvolution",
     "tab_pe": "strategies.tab_pe:TabPe",
+    "popri": "strategies.popri:Popri",
     "dp_merf": "strategies.dp_merf:DpMerf",
     "dp_fedavg": "strategies.dp_fedavg:DpFedAvg",
     "dp_wgan": "strategies.dp_wgan:DpWgan",

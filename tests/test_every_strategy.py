@@ -17,6 +17,7 @@ from fedsynth.core.query import Choice, Contribution, Query, Strategy, check_rea
 from fedsynth.simulation.check import (
     check_strategy,
     made_up,
+    plain_texts,
     small_images,
     small_table,
     small_texts,
@@ -52,6 +53,7 @@ TABLES_ONLY = {
     "tab_pe",
     "relational",
 }
+TEXTS_ONLY = {"popri"}
 CASES = [(name, schema) for name in strategy_names() for schema in ("table", "images")]
 WORDS = {"model": "words", "embedder": "word_hashes", "num_votes": 1}
 
@@ -60,8 +62,8 @@ WORDS = {"model": "words", "embedder": "word_hashes", "num_votes": 1}
 def test_a_strategy_keeps_all_it_owes(name, schema):
     strategy = build_strategy(name, QUICK.get(name, {}))
     on = small_table() if schema == "table" else small_images()
-    if schema == "images" and name in TABLES_ONLY:
-        pytest.skip("refuses images, as its own tests show")
+    if name in TEXTS_ONLY or (schema == "images" and name in TABLES_ONLY):
+        pytest.skip("refuses this schema, as its own tests show")
 
     findings = check_strategy(strategy, on)
 
@@ -77,7 +79,20 @@ def test_private_evolution_of_texts_keeps_all_it_owes(vote):
     assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
 
 
-@pytest.mark.parametrize("name", sorted({*strategy_names()} - {"private_evolution"}))
+@pytest.mark.parametrize("scores", ["direction", "prompt", "pool"])
+def test_popri_keeps_all_it_owes(scores):
+    short = {"num_rounds": 2, "num_prompts": 4, "num_responses": 5, "num_candidates": 20}
+    settings = short | {"model": "words", "embedder": "word_hashes", "scores": scores}
+
+    findings = check_strategy(build_strategy("popri", settings), plain_texts())
+
+    assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
+
+
+READERS = {"private_evolution"} | TEXTS_ONLY
+
+
+@pytest.mark.parametrize("name", sorted({*strategy_names()} - READERS))
 def test_a_strategy_that_reads_no_texts_refuses_them(name):
     with pytest.raises(ConfigError, match="does not read texts"):
         check_reads(build_strategy(name, {}), small_texts())
