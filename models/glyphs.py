@@ -45,6 +45,8 @@ class Glyphs(VariationModel):
     Attributes:
       truncation: The standard deviation of a first candidate's shape: below 1, more of what the
         network has seen often.
+      contrast: By how much the edges of lines are harder than the network, which is unsure of
+        them, has them; 1: not at all.
 
     Reference:
       Kingma and Welling (2014), "Auto-Encoding Variational Bayes",
@@ -54,12 +56,15 @@ class Glyphs(VariationModel):
     """
 
     truncation: float = 1.0
+    contrast: float = 2.0
     name: ClassVar[str] = "glyphs"
 
     def __post_init__(self) -> None:
-        """Refuse what is no share."""
+        """Refuse numbers out of range."""
         if not 0 < self.truncation <= 1:
             raise ConfigError(f"truncation must lie in (0, 1], not {self.truncation!r}")
+        if not 0 < self.contrast <= 100:
+            raise ConfigError(f"contrast must lie in (0, 100], not {self.contrast!r}")
 
     def check(self, subject: Subject) -> None:
         """Refuse images of another size than it makes.
@@ -87,7 +92,7 @@ class Glyphs(VariationModel):
         self.check(subject)
         latent = rng.normal(size=(len(blank), _latent_dim()))
         latent[:, :-1] *= self.truncation
-        return _written(blank, latent)
+        return self._written(blank, latent)
 
     def vary(
         self, candidates: Candidates, degree: float, subject: Subject, rng: np.random.Generator
@@ -101,7 +106,7 @@ class Glyphs(VariationModel):
         if latent is None or latent.shape[1:] != (_latent_dim(),):
             raise ConfigError("these candidates have no latent vectors of model 'glyphs'")
         other = rng.normal(size=latent.shape)
-        return _written(candidates, (1 - degree**2) ** 0.5 * latent + degree * other)
+        return self._written(candidates, (1 - degree**2) ** 0.5 * latent + degree * other)
 
     def estimate(self, num_candidates: int, subject: Subject) -> Estimate:
         """CPU-seconds."""
@@ -109,21 +114,21 @@ class Glyphs(VariationModel):
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights, the settings and this package's version."""
-        facts = [__version__, self.name, self.truncation, _digest()]
+        facts = [__version__, self.name, self.truncation, self.contrast, _digest()]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
+    def _written(self, candidates: Candidates, latent: NDArray[np.floating]) -> Candidates:
+        """Candidates of other latent vectors."""
+        kept = latent.astype(np.float32)
+        return replace(candidates, images=decoded(kept, self.contrast), extras={"latent": kept})
 
-def _written(candidates: Candidates, latent: NDArray[np.floating]) -> Candidates:
-    """Candidates of other latent vectors."""
-    kept = latent.astype(np.float32)
-    return replace(candidates, images=decoded(kept), extras={"latent": kept})
 
-
-def decoded(latent: NDArray[np.float32]) -> NDArray[np.uint8]:
+def decoded(latent: NDArray[np.float32], contrast: float) -> NDArray[np.uint8]:
     """Images of latent vectors, `(num_images, 28, 28, 1)`.
 
     Args:
       latent: `(num_images, 21)`; what lies further out than 8 counts as 8.
+      contrast: What logits are multiplied with.
     """
     weights = _weights()
     last = len(weights) // 2 - 1
@@ -135,14 +140,14 @@ def decoded(latent: NDArray[np.float32]) -> NDArray[np.uint8]:
         if layer < last:
             values = np.maximum(values, 0.0)
     logits = np.clip(values, -_MOST_LOGIT, _MOST_LOGIT).astype(np.int64)
-    return _shades()[logits + _MOST_LOGIT].reshape(-1, SIDE, SIDE, 1)
+    return _shades(contrast)[logits + _MOST_LOGIT].reshape(-1, SIDE, SIDE, 1)
 
 
 @cache
-def _shades() -> NDArray[np.uint8]:
+def _shades(contrast: float) -> NDArray[np.uint8]:
     """Brightness of each logit, in its steps, from the lowest."""
     logits = np.arange(-_MOST_LOGIT, _MOST_LOGIT + 1) / _VALUE_STEPS
-    return np.rint(255 / (1 + np.exp(-logits))).astype(np.uint8)
+    return np.rint(255 / (1 + np.exp(-contrast * logits))).astype(np.uint8)
 
 
 def _latent_dim() -> int:

@@ -200,9 +200,9 @@ def _read(path: str, size: int, mtime_ns: int) -> _Shelf:
       ConfigError: It is no npz file, holds pickled objects, or no images that can be used.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in ("images", "labels") if name in arrays}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ConfigError(
             f"model 'library' reads npz files of plain arrays, and {path} is none: {error}"
         ) from error
