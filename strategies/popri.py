@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.candidates import Candidates
+from ..core.electorate import Electorate
 from ..core.embedding import EMBEDDER, Embedder
 from ..core.errors import ConfigError
 from ..core.generation import PLACES, Generation, Subject
@@ -19,6 +20,7 @@ from ..core.query import Contribution, NoisySum, Query, Steps, Strategy
 from ..core.records import BoundedShard
 from ..core.schema import Schema
 from ..models.registry import build_embedder, build_model, canonical
+from ..models.workload import Workload
 from .parts.breeder import without_places
 from .parts.pool import Pool
 from .parts.scores import (
@@ -170,7 +172,7 @@ class Popri(Strategy):
         """What places records and responses."""
         return build_embedder(self.embedder, self.embedder_settings)
 
-    def check_signal(self, schema: Schema, noise_multiplier: float, num_users: float) -> None:
+    def check_signal(self, schema: Schema, noise_multiplier: float, users: Electorate) -> None:
         """Refuse a run of which nothing could be heard even if all users preferred alike.
 
         Raises:
@@ -182,13 +184,18 @@ class Popri(Strategy):
         freedom = degrees(self.scores, dim, self.num_prompts)
         noise = self._noises(noise_multiplier)[0]
         fewest = noise * math.sqrt(CLEAR * math.sqrt(2 * freedom))
-        if num_users < fewest:
+        if users.num_users < fewest:
             raise ConfigError(
-                f"{num_users:,.0f} users scoring {dim:,} numbers with noise of {noise:,.3g} on each"
-                f" would not be heard even if all preferred alike: {math.ceil(fewest):,} are"
+                f"{users.num_users:,.0f} users scoring {dim:,} numbers with noise of {noise:,.3g}"
+                f" on each would not be heard even if all preferred alike: {math.ceil(fewest):,} are"
                 " needed. Nothing was asked or spent; more users or a larger epsilon will do, or"
                 " fewer rounds, prompts and responses"
             )
+
+    def workload(self, schema: Schema) -> Workload:
+        """What the run asks of its model, but for what learning takes."""
+        num = self.num_rounds * self.num_prompts * self.num_responses + self.num_candidates
+        return Workload(build_model(self.model, self.model_settings), Subject(schema), num)
 
     def _check(self, schema: Schema) -> None:
         """Refuse a schema or a model that these settings do not fit."""

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.candidates import Candidates
+from ..core.electorate import Electorate
 from ..core.embedding import Embedder
 from ..core.errors import ConfigError
 from ..core.generation import Shown, Subject
 from ..core.query import Contribution, NoisySum, Query, Steps, Strategy
 from ..core.records import BoundedShard
 from ..core.schema import Schema
+from ..models.workload import Workload
 from .parts.breeder import Breeder, without_places
 from .parts.expanded import Expanded
 from .parts.histograms import norm_clip
@@ -23,7 +25,7 @@ from .parts.parents import Choosing
 from .parts.rounding import rounded_cells
 from .parts.seeds import Seeds, Voted
 from .parts.settings import check_range
-from .parts.signal import Signal
+from .parts.signal import Prospect
 from .parts.votes import ballot, label_of, labels_of, warn_of_drowned
 from .private_evolution import PrivateEvolution, Vote
 
@@ -182,19 +184,22 @@ class PreText(Strategy):
         """What places records and candidates."""
         return self._votes.embedder_for(schema)
 
-    def signal(
-        self, schema: Schema, noise_multiplier: float, num_users: float, **records: Any
-    ) -> Signal:
-        """What users' votes will be beside their noise; see `PrivateEvolution.signal`."""
-        return self._votes.signal(schema, noise_multiplier, num_users, **records)
-
-    def check_signal(self, schema: Schema, noise_multiplier: float, num_users: float) -> None:
+    def check_signal(self, schema: Schema, noise_multiplier: float, users: Electorate) -> None:
         """Refuse a run whose votes would all drown.
 
         Raises:
           ConfigError: They would; says what to set instead.
         """
-        self._votes.check_signal(schema, noise_multiplier, num_users)
+        self._votes.check_signal(schema, noise_multiplier, users)
+
+    def prospect(self, schema: Schema, noise_multiplier: float, users: Electorate) -> Prospect:
+        """What to expect of the votes, and which other settings would hear more."""
+        return self._votes.prospect(schema, noise_multiplier, users)
+
+    def workload(self, schema: Schema) -> Workload:
+        """What the run asks of its model: pools for the votes, and the expansions."""
+        voted = self._votes.workload(schema)
+        return replace(voted, num_candidates=voted.num_candidates + self.num_expanded)
 
     def _breeder(self, subject: Subject) -> Breeder:
         """What writes candidates."""

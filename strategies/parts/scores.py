@@ -22,6 +22,7 @@ from ...core.generation import PLACES
 from ...core.query import NoisySum, Query
 from ...core.records import BoundedShard
 from .simplex import CLEAR
+from .votes import RESOLUTION
 
 Form = Literal["prompt", "pool", "direction"]
 PROMPTS = "prompts"
@@ -47,9 +48,13 @@ def sheet(
     """
     if form == "direction":
         inputs: dict[str, NDArray[Any]] = {EMBEDDER: embedder}
-        return Query(form, places.shape[1], 1.0, noise_multiplier, inputs=inputs)
+        return Query(
+            *(form, places.shape[1], 1.0, noise_multiplier), inputs=inputs, resolution=RESOLUTION
+        )
     inputs = {PLACES: places, EMBEDDER: embedder, PROMPTS: prompts}
-    return Query("scores", len(places), 1.0, noise_multiplier, inputs=inputs)
+    return Query(
+        *("scores", len(places), 1.0, noise_multiplier), inputs=inputs, resolution=RESOLUTION
+    )
 
 
 def rows_of(query: Query, shard: BoundedShard, form: Form) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ from fedsynth.client.placing import placed
 from fedsynth.client.shard import Shard
 from fedsynth.core import accounting
 from fedsynth.core.config import parse_config
+from fedsynth.core.electorate import Electorate
 from fedsynth.core.embedding import STEPS, whole
 from fedsynth.core.errors import ConfigError, Interrupted
 from fedsynth.core.query import NoisySum
@@ -172,8 +173,8 @@ def test_a_run_of_which_nothing_can_be_heard_is_refused_and_says_how_many_users_
     strategy = Popri(**SHORT, scores="prompt")
 
     with pytest.raises(ConfigError, match=r"(\d+) are needed"):
-        strategy.check_signal(SCHEMA, 20.0, 30)
-    strategy.check_signal(SCHEMA, 20.0, 3000)
+        strategy.check_signal(SCHEMA, 20.0, Electorate(30))
+    strategy.check_signal(SCHEMA, 20.0, Electorate(3000))
 
 
 def test_a_stopped_run_goes_on_with_the_responses_and_lessons_it_had(tmp_path, monkeypatch):
