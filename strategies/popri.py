@@ -187,8 +187,8 @@ class Popri(Strategy):
         if users.num_users < fewest:
             raise ConfigError(
                 f"{users.num_users:,.0f} users scoring {dim:,} numbers with noise of {noise:,.3g}"
-                f" on each would not be heard even if all preferred alike: {math.ceil(fewest):,} are"
-                " needed. Nothing was asked or spent; more users or a larger epsilon will do, or"
+                " on each would not be heard even if all preferred alike:"
+                f" {math.ceil(fewest):,} are needed. Nothing was asked or spent; more users or a larger epsilon will do, or"
                 " fewer rounds, prompts and responses"
             )
 
