@@ -188,8 +188,8 @@ class Popri(Strategy):
             raise ConfigError(
                 f"{users.num_users:,.0f} users scoring {dim:,} numbers with noise of {noise:,.3g}"
                 " on each would not be heard even if all preferred alike:"
-                f" {math.ceil(fewest):,} are needed. Nothing was asked or spent; more users or a larger epsilon will do, or"
-                " fewer rounds, prompts and responses"
+                f" {math.ceil(fewest):,} are needed. Nothing was asked or spent; more users or a"
+                " larger epsilon will do, or fewer rounds, prompts and responses"
             )
 
     def workload(self, schema: Schema) -> Workload:
