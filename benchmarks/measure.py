@@ -422,7 +422,7 @@ class Tally:
     def add(self, query: Query) -> None:
         """Count a question."""
         self.rounds += 1
-        self.bytes_up += 8 * query.reply_dim
+        self.bytes_up += query.reply_bytes
         self.bytes_down += sum(array.nbytes for array in query.inputs.values())
         if query.choice is not None:
             self.only_sums = False

@@ -19,7 +19,7 @@ from ..core.choice import chosen
 from ..core.embedding import EMBEDDER, Embedder
 from ..core.errors import ClientCode, ConfigError, ShardError
 from ..core.failpoints import at
-from ..core.mechanism import Lattice, clipped_sum, noised
+from ..core.mechanism import Lattice, clipped_sum, noised, sent
 from ..core.privacy import NoisePlacement
 from ..core.query import Contribution, Query, Strategy, embedder_of
 from ..core.randomness import KeyStream, coins
@@ -100,7 +100,8 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
         site.odometer.store(ask, total.astype("<i8").tobytes())
         at("after-client-store")
     site_name = site.odometer.name
-    return Reply(ask.run, ask.round, ask.attempt, ClientCode.OK, total, site_name)
+    reply = sent(total, ask.query)
+    return Reply(ask.run, ask.round, ask.attempt, ClientCode.OK, reply, site_name)
 
 
 @lru_cache(maxsize=16)

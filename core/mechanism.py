@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError
-from .query import Contribution, NoisySum, Query
+from .query import FINE, Contribution, NoisySum, Query
 from .randomness import KeyStream, lattice_noise
 
-_RESOLUTION = 22  # the clip is 2^22 to 2^23 lattice units, so that float32 holds each coordinate
 _SLICE = 1 << 18  # values clipped at a time; a slice stays in the processor's cache
 _MISSHAPEN = (
     "a contribution must hold a row of the query's length for each user of the block, or whole"
@@ -44,8 +43,12 @@ class Lattice:
     def of(query: Query) -> "Lattice":
         """The lattice of a query; the same at every client and at the server."""
         _, exponent = math.frexp(query.clip)  # exact on every machine, which log2 need not be
-        unit = 2.0 ** (exponent - 1 - _RESOLUTION)
+        unit = 2.0 ** (exponent - 1 - FINE)
         return Lattice(unit, query.clip / unit)
+
+    def coarser(self, grain: int) -> "Lattice":
+        """The lattice of every so many steps; `grain` is a power of two."""
+        return Lattice(self.unit * grain, self.bound / grain)
 
 
 def clipped_sum(
@@ -53,7 +56,8 @@ def clipped_sum(
 ) -> NDArray[np.int64]:
     """Exact sum of the users' clipped vectors on the query's lattice, `(dim,)`.
 
-    Bit-equal whatever the order of users and however they are split into blocks and clients.
+    All of it whole multiples of `query.grain`, which is what each vector is rounded to. Bit-equal
+    whatever the order of users and however they are split into blocks and clients.
 
     Args:
       contribution: What a strategy handed over for a block of users.
@@ -72,11 +76,26 @@ def clipped_sum(
     """
     if num_users is not None and contribution.num_users != num_users:
         raise ConfigError(_MISSHAPEN)
+    grid = Lattice.of(query).coarser(query.grain)
     if contribution.dense is not None:
-        return _dense_sum(contribution.dense, contribution.num_users, query)
-    if contribution.indices is not None:
-        return _cell_sum(contribution, query)
-    raise ConfigError(_MISSHAPEN)
+        total = _dense_sum(contribution.dense, contribution.num_users, query, grid)
+    elif contribution.indices is not None:
+        total = _cell_sum(contribution, query, grid)
+    else:
+        raise ConfigError(_MISSHAPEN)
+    return total * query.grain
+
+
+def sent(total: NDArray[np.int64], query: Query) -> NDArray[np.integer]:
+    """A client's sum as it travels, `(dim,)`: in whole grains, no cell beyond what a reply holds.
+
+    Privacy:
+      A function of what would travel otherwise. An exact sum is in whole grains already, and
+      holding cells at an end brings no two sums further apart: what one user moves stays bounded.
+    """
+    most = np.iinfo(query.reply_dtype).max
+    grains = (total + query.grain // 2) // query.grain
+    return np.asarray(np.clip(grains, -most, most).astype(query.reply_dtype))
 
 
 def noised(
@@ -106,11 +125,12 @@ def real_sum(
     return NoisySum(total.astype(np.float64) * lattice.unit, stddev, num_clients)
 
 
-def _dense_sum(rows: NDArray[Any], num_users: int, query: Query) -> NDArray[np.int64]:
-    """`clipped_sum` of dense rows."""
+def _dense_sum(
+    rows: NDArray[Any], num_users: int, query: Query, lattice: Lattice
+) -> NDArray[np.int64]:
+    """`clipped_sum` of dense rows, in steps of a lattice."""
     if rows.ndim != 2 or rows.shape != (num_users, query.dim) or rows.dtype.kind not in "fiu":
         raise ConfigError(_MISSHAPEN)
-    lattice = Lattice.of(query)
     size = max(1, min(num_users, _SLICE // query.dim))
     steps = np.empty((size, query.dim))
     exact = np.zeros(query.dim)  # a sum of integers below 2^53 is exact in float64
@@ -184,8 +204,8 @@ def _blocks_to_lattice(
             rows[np.repeat(~(steps <= lattice.bound), sizes, axis=1)] = 0.0
 
 
-def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
-    """`clipped_sum` of counted cells; never forms a dense row."""
+def _cell_sum(contribution: Contribution, query: Query, lattice: Lattice) -> NDArray[np.int64]:
+    """`clipped_sum` of counted cells, in steps of a lattice; never forms a dense row."""
     cells, users, weights = contribution.indices, contribution.user_index, contribution.weights
     scales = contribution.scales
     if (
@@ -205,7 +225,6 @@ def _cell_sum(contribution: Contribution, query: Query) -> NDArray[np.int64]:
     ):
         raise ConfigError(_MISSHAPEN)
     total = np.zeros(query.dim, dtype=np.int64)
-    lattice = Lattice.of(query)
     blocks = None if query.choice is None else query.choice.starts
     with np.errstate(over="ignore", invalid="ignore"):
         heights = np.clip(weights.astype(np.float64) / lattice.unit, -(2.0**40), 2.0**40)

@@ -174,7 +174,8 @@ def _ends(column: Column) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 def _up(values: NDArray[np.float64], step: float, strict: bool) -> NDArray[np.float64]:
     """The least value of a column that is not below (or, strictly, that is above) others."""
     if not step:
-        return np.asarray(np.nextafter(values, np.inf) if strict else values)
+        above = np.where(np.isinf(values), values, np.nextafter(values, np.inf))
+        return above if strict else values
     return np.asarray((np.floor(values / step) + 1 if strict else np.ceil(values / step)) * step)
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_DIM = 100_000_000  # a sum of this length is 0.8 GB; a client keeps it in one SQLite row
 MAX_BLOCKS = 1_000_000  # of a choice, whose scores are computed one by one
+FINE, COARSEST = 22, 8  # resolutions: float32 holds a coordinate; a vote is told from half a vote
+_NARROW = 16  # up to this resolution a client's sum travels in 32 bits a cell
 _HUGE = 1e30  # beyond any number that a score may be made of
 
 
@@ -151,6 +153,9 @@ class Query:
       cells: Users' vectors are counts of cells (`Contribution.cells`), not dense rows: a hint by
         which a plan reckons memory and signal. Clients see for themselves.
       choice: Instead of the sum, tell which candidates were chosen by it.
+      resolution: Users' vectors are rounded to a grid of which the clip has 2^resolution to twice
+        as many steps. Up to 16 a client's sum travels in 32 bits a cell, which hold what
+        2^(30 - resolution) users of one client can put into it; a cell stays at that if more do.
 
     Privacy:
       Adding or removing one user changes the sum by at most `clip` in L2 (with a choice: in the
@@ -166,6 +171,7 @@ class Query:
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     cells: bool = False
     choice: Choice | None = None
+    resolution: int = FINE
 
     def __post_init__(self) -> None:
         if not 1 <= self.dim <= MAX_DIM:
@@ -183,12 +189,17 @@ class Query:
             raise ConfigError(
                 f"query {self.name!r}: sampling_prob must lie in (0, 1], not {self.sampling_prob!r}"
             )
+        if not COARSEST <= self.resolution <= FINE:
+            raise ConfigError(
+                f"query {self.name!r}: resolution must be {COARSEST} to {FINE}, not"
+                f" {self.resolution!r}"
+            )
         if self.choice is not None and (
-            self.sampling_prob < 1 or self.choice.starts[-1] != self.dim
+            self.sampling_prob < 1 or self.resolution < FINE or self.choice.starts[-1] != self.dim
         ):
             raise ConfigError(
-                f"query {self.name!r}: a choice is made over all users, sampling_prob 1, by blocks"
-                f" that fill the vector of {self.dim} cells"
+                f"query {self.name!r}: a choice is made over all users, sampling_prob 1, of finest"
+                f" resolution, by blocks that fill the vector of {self.dim} cells"
             )
 
     @property
@@ -201,6 +212,21 @@ class Query:
         """Length of what each client sends."""
         at_client = self.choice is not None and self.choice.where == "client"
         return self.answer_dim if at_client else self.dim
+
+    @property
+    def grain(self) -> int:
+        """Steps of the finest grid in one of this query's."""
+        return 1 << (FINE - self.resolution)
+
+    @property
+    def reply_dtype(self) -> np.dtype[Any]:
+        """Of the integers that each client sends."""
+        return np.dtype(np.int32 if self.resolution <= _NARROW else np.int64)
+
+    @property
+    def reply_bytes(self) -> int:
+        """Of the array that each client sends."""
+        return self.reply_dim * self.reply_dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from .query import MAX_BLOCKS, MAX_DIM, Choice, Query
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-PROTOCOL = 2
+PROTOCOL = 3
 MESSAGE_TYPE = "query.answer"
 MAX_INPUT_BYTES = 1 << 31
 MAX_CELL = 1 << 46  # lattice steps: eight million users in one cell; no sum of clients wraps
@@ -84,8 +84,9 @@ class Reply:
       round: As asked.
       attempt: As asked.
       code: `OK`, or why there is no sum.
-      total: `(dim,)`, on the query's lattice; for a choice that clients make, `(num_candidates,)`:
-        ones for what this client drew.
+      total: `(dim,)`, int32 or int64 in grains, as `mechanism.sent` makes it; once received, int64
+        on the query's lattice. For a choice that clients make, `(num_candidates,)`: ones for what
+        this client drew.
       site: Random name of the odometer that answered, by which a server knows two nodes of one
         site apart from two sites; `"none"` with a refusal.
     """
@@ -94,7 +95,7 @@ class Reply:
     round: int
     attempt: int
     code: ClientCode
-    total: NDArray[np.int64] | None = None
+    total: NDArray[np.integer] | None = None
     site: str = "none"
 
 
@@ -134,6 +135,7 @@ def ask_to_records(ask: Ask) -> "RecordDict":
                     "noise-multiplier": query.noise_multiplier,
                     "sampling-prob": query.sampling_prob,
                     "cells": query.cells,
+                    "resolution": query.resolution,
                     "choice": "none" if query.choice is None else query.choice.where,
                     "choice-count": 0 if query.choice is None else query.choice.count,
                 }
@@ -164,6 +166,7 @@ def ask_from_records(records: Mapping[str, Any]) -> Ask:
             sampling_prob=take.number("sampling-prob"),
             inputs=_inputs(records["inputs"]),
             cells=take.truth("cells"),
+            resolution=take.whole("resolution", 0, 100),
             choice=_choice(
                 take.text("choice", 20), take.whole("choice-count", 0, MAX_DIM), records["choice"]
             ),
@@ -208,13 +211,12 @@ def reply_to_records(reply: Reply) -> "RecordDict":
     return RecordDict({"reply": ConfigRecord(config), "arrays": ArrayRecord(arrays)})
 
 
-def reply_from_records(records: Mapping[str, Any], *, dim: int, drawn: int = 0) -> Reply:
-    """The `Reply` in Flower records.
+def reply_from_records(records: Mapping[str, Any], query: Query) -> Reply:
+    """The `Reply` in Flower records, its sum on the query's lattice.
 
     Args:
       records: As received; trusted in nothing.
-      dim: Length of the sum that was asked for, or the number of candidates.
-      drawn: Candidates that a client was asked to draw by itself; 0: it was asked for a sum.
+      query: What was asked.
 
     Raises:
       WireError: Anything is missing, superfluous, of another type, shape or range.
@@ -241,11 +243,15 @@ def reply_from_records(records: Mapping[str, Any], *, dim: int, drawn: int = 0) 
         return Reply(run, round_, attempt, ClientCode(code))
     if set(arrays) != {"total"}:
         raise WireError("a reply holds exactly the array 'total'")
-    total = _decode(arrays["total"], {"int64"}, max_bytes=8 * dim)
+    dim, dtype = query.reply_dim, query.reply_dtype.name
+    total = _decode(arrays["total"], {dtype}, max_bytes=query.reply_bytes)
     if total.shape != (dim,):
         raise WireError(f"a reply of shape {total.shape} where ({dim},) was asked for")
     if max(int(total.max()), -int(total.min())) > MAX_CELL:
         raise WireError("a reply with a cell larger than any client's users could give")
+    total = total.astype(np.int64) * query.grain
+    choice = query.choice
+    drawn = choice.count if choice is not None and choice.where == "client" else 0
     if drawn and not (int(total.min()) >= 0 and int(total.max()) == 1 and total.sum() == drawn):
         raise WireError("a reply that draws other than it was asked to")
     return Reply(run, round_, attempt, ClientCode.OK, total, site)

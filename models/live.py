@@ -34,6 +34,8 @@ def make(request: Generation, folder: Path | None = None) -> Candidates:
     given, subject = request.candidates, request.subject
     if request.task == "random":
         made = model.random(given, subject, rng)
+    elif request.shown is not None:
+        made = model.expand(given, request.shown, subject, rng)
     else:
         made = model.vary(given, request.degree, subject, rng)
     try:

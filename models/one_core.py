@@ -26,11 +26,12 @@ _USUAL_ROWS = 16  # for which dense weights are laid out; others are fast all th
 
 
 @contextmanager
-def one_core(needed_by: str) -> Iterator[Any]:
+def one_core(needed_by: str, *, learns: bool = False) -> Iterator[Any]:
     """Torch, on one thread and for inference alone, whatever the caller has set.
 
     Args:
       needed_by: Name of the embedder, for the message.
+      learns: Whether gradients are wanted, or weights of which some may be wanted later.
 
     Raises:
       ConfigError: Torch is not installed.
@@ -39,7 +40,8 @@ def one_core(needed_by: str) -> Iterator[Any]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        mode = torch.enable_grad() if learns else torch.inference_mode()
+        with mode, torch.autocast("cpu", enabled=False):
             yield torch
     finally:
         torch.set_num_threads(before)

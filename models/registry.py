@@ -14,8 +14,12 @@ MODELS = {
     "strokes": "models.sketch:Strokes",
     "digits": "models.sketch:Digits",
     "blobs": "models.augment:ImageAugmenter",
+    "glyphs": "models.glyphs:Glyphs",
+    "library": "models.library:Library",
+    "diffuser": "models.diffuser:Diffuser",
     "words": "models.words:Words",
     "writer": "models.text:TextWriter",
+    "policy": "models.policy:Policy",
 }
 EMBEDDERS = {
     "word_hashes": "models.words:WordHashes",

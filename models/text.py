@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..core.candidates import Candidates
 from ..core.errors import ConfigError
-from ..core.generation import Subject
+from ..core.generation import Shown, Subject
 from ..core.open_codes import cut_text
 from ..core.plugins import build, installed
 from ..core.texts import as_texts
@@ -133,6 +133,21 @@ class TextWriter(VariationModel):
                 texts[members] = written.texts
                 counts += written.counts
         return self._done(candidates, texts, counts, subject)
+
+    def expand(
+        self, blank: Candidates, shown: Shown, subject: Subject, rng: np.random.Generator
+    ) -> Candidates:
+        """A new text each, written after the examples that it is shown."""
+        if shown.examples.texts is None:
+            raise ConfigError("model 'writer' is shown texts, and these examples have none")
+        examples = shown.examples.texts.tolist()
+        texts, counts = as_texts([""] * len(blank)), Counts()
+        with self._replies() as replies:
+            for members, writer in self._writers(blank, subject, replies):
+                written = writer.expand(examples, shown.index[members], rng)
+                texts[members] = written.texts
+                counts += written.counts
+        return self._done(blank, texts, counts, subject)
 
     def _writers(
         self, candidates: Candidates, subject: Subject, replies: Replies

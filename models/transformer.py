@@ -52,7 +52,7 @@ class Transformers(LanguageModel):
         Raises:
           ConfigError: A package or the model is missing, or the model is not one for chats.
         """
-        tokenizer, network = _loaded(self._where())
+        tokenizer, network = loaded(self.where())
         for position, prompt in enumerate(prompts):
             with one_core(self.name) as torch:
                 reply = _reply(torch, tokenizer, network, prompt)
@@ -64,7 +64,7 @@ class Transformers(LanguageModel):
         Raises:
           ConfigError: The model is missing.
         """
-        files = [file for file in _files(self._where()) if file.suffix in {*_READ, ".gguf"}]
+        files = [file for file in _files(self.where()) if file.suffix in {*_READ, ".gguf"}]
         stats = [file.stat() for file in files]
         return digest_of(
             {
@@ -84,12 +84,12 @@ class Transformers(LanguageModel):
     def estimate(self, prompts: Sequence[Prompt]) -> Estimate:
         """CPU-seconds as the size of the weights has it."""
         tokens_in, tokens_out = tokens_likely(prompts)
-        weights = [f for f in _files(self._where()) if f.suffix in (".safetensors", ".gguf")]
+        weights = [f for f in _files(self.where()) if f.suffix in (".safetensors", ".gguf")]
         size = sum(file.stat().st_size for file in weights) / _BYTES
         cpu_s = size * (tokens_in / _READ_A_CPU_S + tokens_out / _WRITTEN_A_CPU_S)
         return Estimate(tokens_in, tokens_out, cpu_s)
 
-    def _where(self) -> Path:
+    def where(self) -> Path:
         """The folder or the GGUF file.
 
         Raises:
@@ -112,7 +112,7 @@ def _files(where: Path) -> list[Path]:
 
 
 @lru_cache(maxsize=1)
-def _loaded(where: Path) -> tuple[Any, Any]:
+def loaded(where: Path) -> tuple[Any, Any]:
     """Tokenizer and network; the last ones are kept, for a GGUF file takes 20 CPU-seconds.
 
     Raises:
@@ -129,7 +129,7 @@ def _loaded(where: Path) -> tuple[Any, Any]:
     kind = {"use_safetensors": True} if where.is_dir() else {}
     here = {"local_files_only": True, "trust_remote_code": False, **only}
     try:
-        with one_core("transformers") as torch, _quiet(transformers):
+        with one_core("transformers", learns=True) as torch, _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **here)
             network: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, **kind, **here
@@ -158,7 +158,7 @@ def _reply(torch: Any, tokenizer: Any, network: Any, prompt: Prompt) -> str | No
     read = tokenizer(rendered, add_special_tokens=False, return_tensors="pt")["input_ids"]
     if read.shape[1] + prompt.max_tokens > network.config.max_position_embeddings:
         return None
-    ends, generator = _ends(tokenizer, network), torch.Generator()
+    ends, generator = ends_of(tokenizer, network), torch.Generator()
     generator.manual_seed(prompt.seed)
     tokens: list[int] = []
     written, past = "", None
@@ -188,7 +188,7 @@ def _drawn(torch: Any, logits: Any, prompt: Prompt, generator: Any) -> int:
     return int(order[torch.multinomial(probs, 1, generator=generator)])
 
 
-def _ends(tokenizer: Any, network: Any) -> set[int]:
+def ends_of(tokenizer: Any, network: Any) -> set[int]:
     """Tokens that end a turn."""
     named = network.generation_config.eos_token_id
     ends = named if isinstance(named, list) else [named]

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -14,10 +14,11 @@ import numpy as np
 from .. import __version__
 from ..core.candidates import Candidates
 from ..core.errors import ConfigError
-from ..core.generation import Subject
+from ..core.generation import Shown, Subject
 from ..core.schema import Schema
 
 Modality = Literal["table", "image", "text"]
+_FAR = 0.5  # degree of a variation that stands for something new
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,23 @@ class VariationModel(ABC):
           subject: What they are of.
           rng: Public randomness.
         """
+
+    def expand(
+        self, blank: Candidates, shown: Shown, subject: Subject, rng: np.random.Generator
+    ) -> Candidates:
+        """`blank` filled in with new ones of the examples' kind; labels in `blank` are kept.
+
+        Here a far variation of the first example of each, but for `blank`'s columns; a model that
+        learns from examples does better.
+
+        Args:
+          blank: As many candidates as are wanted, with codes and without this model's part.
+          shown: The examples.
+          subject: What they are of.
+          rng: Public randomness.
+        """
+        first = replace(shown.examples.take(shown.index[:, 0]), codes=blank.codes)
+        return self.vary(first, _FAR, subject, rng)
 
     def check(self, subject: Subject) -> None:
         """Refuse, before anything is spent, what the model cannot make.

@@ -6,8 +6,10 @@ Nobody will take these texts for language.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -29,6 +31,7 @@ _COMMON = (
 )
 _VERSION = 1  # of what the embeddings depend on
 _GRAM = 3
+_ODDS = 1 << 20  # of a word that no lesson speaks of
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,14 @@ class Words(VariationModel):
     Attributes:
       words: The public list.
       max_words: Words of the longest text that is proposed; a text is varied up to that length.
+      lessons: Texts that were preferred to others: a prompt's number, which counts for nothing
+        here, the one and the other. A word is drawn the more often the more often it stands in
+        the first, and the less often in the second.
     """
 
     words: tuple[str, ...] = tuple(_COMMON.split())
     max_words: int = 12
+    lessons: tuple[tuple[int, str, str], ...] = ()
     name: ClassVar[str] = "words"
 
     def __post_init__(self) -> None:
@@ -70,7 +77,19 @@ class Words(VariationModel):
 
     def _drawn(self, num_words: int, rng: np.random.Generator) -> list[str]:
         """So many words of the list."""
-        return [self.words[i] for i in rng.integers(len(self.words), size=num_words)]
+        if not self.lessons:
+            return [self.words[i] for i in rng.integers(len(self.words), size=num_words)]
+        ends = np.cumsum(self._odds)  # whole numbers, so the same on every machine
+        drawn = rng.integers(ends[-1], size=num_words)
+        return [self.words[i] for i in np.searchsorted(ends, drawn, side="right")]
+
+    @cached_property
+    def _odds(self) -> NDArray[np.int64]:
+        """How often each word is drawn, by the lessons."""
+        liked = Counter(word for _, best, _ in self.lessons for word in best.split())
+        disliked = Counter(word for _, _, worse in self.lessons for word in worse.split())
+        odds = [_ODDS * (1 + liked[word]) // (1 + disliked[word]) for word in self.words]
+        return np.maximum(np.array(odds, dtype=np.int64), 1)
 
     def _varied(self, text: str, degree: float, rng: np.random.Generator) -> str:
         """One text varied."""

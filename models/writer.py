@@ -16,7 +16,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Literal
 
@@ -43,7 +43,7 @@ _LONGEST_WORD = 40  # in characters
 _MOST_REPEATED = 0.5  # share of pairs of neighboring words that were there before
 _MORE_THAN_ONE = 4  # words asked for, from which on a single one is too few
 _EMPTY_HANDED = 64  # replies without one usable text before a model is given up
-_TONES = (
+TONES = (
     *("plain", "friendly", "annoyed", "polite", "excited", "worried", "brief", "funny", "sad"),
     *("formal", "casual", "surprised"),
 )
@@ -263,6 +263,39 @@ class Writer:
         parents = np.repeat(np.arange(len(texts), dtype=np.int64), num_each)
         return Written(whole, parents, counts)
 
+    def expand(
+        self, examples: Sequence[str], shown: NDArray[np.int64], rng: np.random.Generator
+    ) -> Written:
+        """New texts, each after examples of its own that stand where the brief's would.
+
+        Of neighbors that are shown the same, all requests begin with the same turns, which a local
+        model reads once. Lengths are spread about those of the examples; topics and tones are
+        theirs alone. Where all replies fail it is the first example.
+
+        Args:
+          examples: Public or released.
+          shown: Which of them each text is written after, `(num_texts, num_shown)`.
+          rng: Public randomness. What is drawn from it hangs on `shown` alone.
+
+        Raises:
+          ConfigError: The model's settings cannot work.
+          FedsynthError: The model failed.
+        """
+        plain = [" ".join(example.split()) for example in examples]
+        seeds = rng.integers(MAX_SEED, size=(_ATTEMPTS_VARY, len(shown)))
+        found, counts = self._written(
+            [
+                [
+                    self._like([plain[i] for i in dict.fromkeys(index)], int(seed), attempt)
+                    for index, seed in zip(shown.tolist(), row, strict=True)
+                ]
+                for attempt, row in enumerate(seeds)
+            ],
+            known=plain,
+        )
+        whole = [plain[i] if t is None else t for i, t in zip(shown[:, 0], found, strict=True)]
+        return Written(whole, shown[:, 0], counts)
+
     def fingerprint(self) -> str:
         """SHA-256 of the model, the brief, the settings and the version of the prompts."""
         return digest_of(
@@ -291,23 +324,20 @@ class Writer:
         """How each text is asked for, in each attempt."""
         shown = [" ".join(example.split()) for example in self.brief.examples]
         picks = [rng.permutation(len(shown))[:_SHOWN] for _ in range(-(-num // _BLOCK))]
-        turns = [
-            tuple((f"Write one of {_words(len(shown[i].split()))}.", shown[i]) for i in pick)
-            for pick in picks
-        ]
-        first = [_Manner(turns[i // _BLOCK], self.temperature, self.top_p) for i in range(num)]
-        later = [
-            [
-                replace(
-                    first[0],  # few are left: it does not pay to read other turns
-                    temperature=min(2.0, self.temperature + _HOTTER * attempt),
-                    top_p=max(self.top_p, _WIDER),
-                )
-            ]
-            * num
+        turns = [_turns([shown[i] for i in pick]) for pick in picks]
+        first = [self._manner(turns[i // _BLOCK], 0) for i in range(num)]
+        later = [  # few are left: it does not pay to read other turns
+            [self._manner(first[0].turns, attempt)] * num
             for attempt in range(1, attempts if num else 1)
         ]
         return [first, *later] if num else [[] for _ in range(attempts)]
+
+    def _manner(self, turns: tuple[tuple[str, str], ...], attempt: int) -> "_Manner":
+        """How a text is asked for in an attempt, counted from 0."""
+        if not attempt:
+            return _Manner(turns, self.temperature, self.top_p)
+        hotter = min(2.0, self.temperature + _HOTTER * attempt)
+        return _Manner(turns, hotter, max(self.top_p, _WIDER))
 
     def _new(self, seed: int, manner: "_Manner") -> "_Try":
         """The request for one new text."""
@@ -318,6 +348,14 @@ class Writer:
         if self.brief.topics:
             asked += f", about {self.brief.topics[int(rng.integers(len(self.brief.topics)))]}"
         return self._try(f"{asked}.", num_words, seed, manner)
+
+    def _like(self, examples: Sequence[str], seed: int, attempt: int) -> "_Try":
+        """The request for one new text after examples."""
+        rng = np.random.default_rng(seed)
+        about = examples[int(rng.integers(len(examples)))]
+        num_words = self._length(len(about.split()), 1.0, rng)
+        manner = self._manner(_turns(examples), attempt)
+        return self._try(f"Write one of {_words(num_words)}.", num_words, seed, manner)
 
     def _changed(self, source: str, degree: float, seed: int, manner: "_Manner") -> "_Try":
         """The request for one variation of a text."""
@@ -374,14 +412,19 @@ class Writer:
 
     def _tone(self, rng: np.random.Generator) -> str:
         """A random tone."""
-        tones = self.brief.tones or _TONES
+        tones = self.brief.tones or TONES
         return tones[int(rng.integers(len(tones)))]
 
-    def _written(self, tries: "Sequence[Sequence[_Try]]") -> tuple[list[str | None], Counts]:
-        """For each place the first usable text of its tries; all places are tried at once."""
+    def _written(
+        self, tries: "Sequence[Sequence[_Try]]", known: Sequence[str] = ()
+    ) -> tuple[list[str | None], Counts]:
+        """For each place the first usable text of its tries; all places are tried at once.
+
+        A text that is `known`, or one of the brief's examples, is not usable.
+        """
         texts: list[str | None] = [None] * len(tries[0])
         seen: set[str] = set()
-        shown = {_plain(example) for example in self.brief.examples}
+        shown = {_plain(example) for example in (*self.brief.examples, *known)}
         tally: Counter[str] = Counter()
         for row in tries:
             left = [i for i, text in enumerate(texts) if text is None]
@@ -529,6 +572,11 @@ def _gapped(words: Sequence[str], degree: float, rng: np.random.Generator) -> li
         gapped += [*words[place : place + num_kept], BLANK]
         place += int(num_kept) + size
     return gapped + list(words[place:])
+
+
+def _turns(examples: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Earlier turns in which examples are the answers."""
+    return tuple((f"Write one of {_words(len(text.split()))}.", text) for text in examples)
 
 
 def _words(num: int) -> str:

@@ -199,8 +199,7 @@ def _accepted(
     sums: dict[int, NDArray[np.int64]] = {}
     sites: set[str] = set()
     codes: Counter[str] = Counter()
-    choice = ask.query.choice
-    drawn = choice.count if choice is not None and choice.where == "client" else 0
+    most = int(np.iinfo(ask.query.reply_dtype).max) * ask.query.grain
     for message in replies:
         node = message.metadata.src_node_id
         if node not in nodes or node in sums:
@@ -210,7 +209,7 @@ def _accepted(
             codes["no reply: the client is gone or its app did not start"] += 1
             continue
         try:
-            reply = reply_from_records(message.content, dim=ask.query.reply_dim, drawn=drawn)
+            reply = reply_from_records(message.content, ask.query)
         except WireError as error:
             codes[f"a malformed reply: {error}"] += 1
             continue
@@ -221,7 +220,13 @@ def _accepted(
         elif reply.site in sites:
             codes["a second node of a site that answered already: give each its own state"] += 1
         else:
-            sums[node] = reply.total
+            if (np.abs(reply.total) == most).any():
+                _log.warning(
+                    "round %d: a cell of one client's sum is at the most that its reply holds;"
+                    " spread its users over more clients",
+                    ask.round,
+                )
+            sums[node] = reply.total.astype(np.int64, copy=False)
             sites.add(reply.site)
     return sums, codes
 

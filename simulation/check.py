@@ -111,6 +111,11 @@ def small_texts() -> Schema:
     )
 
 
+def plain_texts() -> Schema:
+    """Short texts and nothing else."""
+    return Schema((), text=TextColumn("message", 200))
+
+
 def made_up(schema: Schema, records_per_user: list[int], seed: int) -> BoundedShard:
     """A shard of random valid records."""
     rng = np.random.default_rng(seed)
@@ -163,7 +168,7 @@ def finding_of(claim: str, check: Callable[[], None]) -> Finding:
 def _fitting_schema(strategy: Strategy) -> Schema:
     """A small schema that the strategy accepts."""
     refusals = []
-    for schema in (small_table(), small_images(), small_texts()):
+    for schema in (small_table(), small_images(), small_texts(), plain_texts()):
         try:
             check_reads(strategy, schema)
             strategy.event(schema, _NOISE)

@@ -155,6 +155,9 @@ def init(
             metavar="COLUMN", help="Have the run find its bounds or categories, under its budget."
         ),
     ] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of free text, to be written anew.")
+    ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Keep a column whose name looks identifying.")
     ] = None,
@@ -176,6 +179,7 @@ def init(
         bounds={name: _low_high(name, text) for name, text in _pairs("bounds", bounds)},
         categories={name: _listed(text) for name, text in _pairs("categories", categories)},
         private=private or (),
+        text=text,
         keep=keep or (),
         target=target,
         epsilon=epsilon,
@@ -272,10 +276,8 @@ def run(
         )
         console.print(quality_table(done.quality))
         console.print(_bars(done.by_column))
-        for unread in done.unread:
-            _say(console, f"Site only: {unread}.", style="red")
-        if done.too_few:
-            _say(console, f"Site only: {done.too_few}.", style="red")
+    for warning in (*done.unread, *filter(None, [done.too_few])):
+        _say(console, f"Site only: {warning}.", style="red")
     _print_lines(console, done.lines)
     _say(console, f"Next: fedsynth verify {done.folder}")
     _say(console, f"      fedsynth sample {done.folder} -n 100000 -o more.parquet")

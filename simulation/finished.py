@@ -133,14 +133,14 @@ def finished(folder: Path, config: RunConfig) -> Finished:
     unread: tuple[Unread, ...] = ()
     num_users: int | None = None
     schema = release.synthesizer.schema
-    if config.engine.kind != "superlink" and config.data.path is not None and schema.columns:
+    if config.engine.kind != "superlink" and config.data.path is not None:
         shard = population_of(config, schema)
         real, num_users = shard.records, len(np.unique(shard.user_ids))
         unread = tuple(column for column in shard.unread if column.num_unread)
-        synthetic = release.synthesizer.sample(
-            release.card.num_records, sample_rng(release.card.seed)
-        )
-        if len(real):
+        if len(real) and schema.columns:
+            synthetic = release.synthesizer.sample(
+                release.card.num_records, sample_rng(release.card.seed)
+            )
             quality = quality_of(real, synthetic, schema, orders=(1, 2))
             by_column = column_variation(real, synthetic, schema)
     return Finished(

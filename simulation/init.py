@@ -23,6 +23,18 @@ from ..core.schema import OPEN
 HOLE = "FILL IN"
 _DATES = 'bounds = ["2015-01-01", "2024-12-31"]'
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_TABLES, _IMAGES = 'name = "marginals"\n', 'name = "private_evolution"\n'
+_TEXTS = f"""\
+name = "private_evolution"
+num_candidates = 100     # `fedsynth plan` says how many can be heard
+num_rounds = 4
+num_votes = 1
+
+[strategy.model_settings]
+about = "{HOLE}: what the texts are, in public words, as in short messages in a technical chat room"
+examples = []            # public texts of the kind; six or more make a small model useful
+max_words = 40
+"""
 _IDENTIFYING = frozenset(
     [
         *("account", "address", "comment", "comments", "contact", "email", "fax", "firstname"),
@@ -92,6 +104,7 @@ def draft(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     categories: Mapping[str, tuple[str, ...]] | None = None,
     private: Sequence[str] = (),
+    text: str | None = None,
     num_users: int | None = None,
     target: str | None = None,
     epsilon: float = 1.0,
@@ -106,6 +119,7 @@ def draft(
       bounds: Public bounds of numbers, by column.
       categories: Public categories, by column; a number given categories becomes one.
       private: Columns whose bounds or categories the run is to find, under its budget.
+      text: Column of free text, of which new texts are to be written.
       num_users: Public lower bound on the number of users.
       target: The column a reader of the synthetic data wants to predict.
       epsilon: Budget of the run; the population's is four times as much, up to 10.
@@ -124,13 +138,17 @@ def draft(
     bounds, categories = bounds or {}, categories or {}
     columns = [_found(column) for column in columns_of(path)]
     names = [column.name for column in columns]
-    for name in (*bounds, *categories, *private, *keep, user, target):
+    for name in (*bounds, *categories, *private, *keep, text, user, target):
         if name is not None and name not in names:
             raise ConfigError(f"no column {name!r} in {path.name}; there are {', '.join(names)}")
+    if text is not None and text in {*bounds, *categories, *private, user, target}:
+        raise ConfigError(f"column {text!r} is free text, and nothing else beside it")
     kept = {*keep, *bounds, *categories, *private, target}
     judged = tuple(
         replace(column, role="user id", note="keys the promise; never synthesized")
         if column.name == user
+        else _free_text(column)
+        if column.name == text
         else _judged(column, column.name in kept, bounds, categories)
         for column in columns
     )
@@ -138,12 +156,14 @@ def draft(
     if not any(column.role == "feature" for column in judged):
         raise DataError(f"{path.name} has no column to synthesize; keep one with --keep NAME")
     image = any(column.type == "image" and column.role == "feature" for column in judged)
+    if image and text is not None:
+        raise ConfigError("a run makes images or texts, not both: leave --text out")
     return Draft(
         judged,
         _run_toml(
             population=re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-")[:64] or "population",
             data=os.path.relpath(path, folder),
-            strategy="private_evolution" if image else "marginals",
+            strategy=_TEXTS if text is not None else _IMAGES if image else _TABLES,
             user=user,
             num_users=num_users,
             epsilon=epsilon,
@@ -232,7 +252,7 @@ def _judged(
             note = f"--bounds {name}=LOW,HIGH or --private {name}"
             return replace(column, needs="bounds", note=note)
         case "category":
-            note = f"--categories {name}=FILE or --private {name}"
+            note = f"--categories {name}=FILE, --private {name} or --text {name}"
             return replace(column, needs="categories", note=note)
         case "date":
             return replace(column, needs="bounds", note=f"in schema.toml: {_DATES}")
@@ -241,6 +261,17 @@ def _judged(
         case _:
             note = "neither text nor number: code it first"
             return replace(column, role="left out", note=note)
+
+
+def _free_text(column: Found) -> Found:
+    """The column of free text.
+
+    Raises:
+      ConfigError: It holds no text.
+    """
+    if column.type != "category":
+        raise ConfigError(f"column {column.name!r} is {column.type}, and no text")
+    return replace(column, type="text", note="new texts are written; none is copied")
 
 
 def _opened(column: Found, private: Sequence[str]) -> Found:
@@ -285,7 +316,7 @@ def _run_toml(
     clip = (
         "# where max_records is above 1: how far a user with many records counts, found by itself\n"
         '# max_norm = "auto"\n'
-        if user and strategy == "marginals"
+        if user and strategy == _TABLES
         else ""
     )
     return f"""\
@@ -308,8 +339,7 @@ schema = "schema.toml"
 epsilon = {epsilon:g}
 
 [strategy]
-name = {_quoted(strategy)}
-{clip}
+{strategy}{clip}
 [noise]
 placement = "central"    # or "local": clients then trust nobody, and the noise is larger
 
@@ -350,6 +380,9 @@ def _entry(column: Found) -> str:
     if column.role == "user id":
         return f'[columns.{key}]\ntype = "id"  # keys the promise; never synthesized\n'
     lines = [f"[columns.{key}]", f"type = {_quoted(column.type)}"]
+    if column.type == "text":
+        lines.append("max_bytes = 1000  # of each text that count")
+        return "\n".join(lines) + "\n"
     if column.is_open:
         domain = "categories" if column.type == "category" else "bounds"
         lines += [f"{domain} = {_quoted(OPEN)}", "missing = true"]

@@ -336,7 +336,7 @@ def _steps(plan: Plan, questions: list[Question], prospect: Prospect | None) -> 
             stddev=max(stddevs),
             epsilon_after=accounting.epsilon_of(done, plan.config.run_budget.delta),
             bytes_down=max(question.num_bytes for question in same),
-            bytes_up=8 * max(question.query.reply_dim for question in same),
+            bytes_up=max(question.query.reply_bytes for question in same),
             expect=_together(expected),
         )
 

@@ -17,6 +17,7 @@ from fedsynth.core.query import Choice, Contribution, Query, Strategy, check_rea
 from fedsynth.simulation.check import (
     check_strategy,
     made_up,
+    plain_texts,
     small_images,
     small_table,
     small_texts,
@@ -32,6 +33,7 @@ QUICK = {
     "absyn": {"num_steps": 2, "batch": 3},
     "flaim": {"num_steps": 2, "augmented": True},
     "private_evolution": {"num_rounds": 3, "num_candidates": 40},
+    "pre_text": {"num_rounds": 3, "num_candidates": 40, "num_expanded": 50},
     "tab_pe": {"num_rounds": 3, "num_candidates": 40},
     "dp_fedavg": {"num_rounds": 3, "num_users": 40, "sampling_prob": 0.5},
     "dp_merf": {"num_steps": 20},
@@ -52,7 +54,13 @@ TABLES_ONLY = {
     "tab_pe",
     "relational",
 }
-CASES = [(name, schema) for name in strategy_names() for schema in ("table", "images")]
+TEXTS_ONLY = {"popri", "pre_text"}
+CASES = [
+    (name, schema)
+    for name in strategy_names()
+    for schema in ("table", "images")
+    if name not in TEXTS_ONLY
+]
 WORDS = {"model": "words", "embedder": "word_hashes", "num_votes": 1}
 
 
@@ -61,23 +69,37 @@ def test_a_strategy_keeps_all_it_owes(name, schema):
     strategy = build_strategy(name, QUICK.get(name, {}))
     on = small_table() if schema == "table" else small_images()
     if schema == "images" and name in TABLES_ONLY:
-        pytest.skip("refuses images, as its own tests show")
+        pytest.skip("refuses this schema, as its own tests show")
 
     findings = check_strategy(strategy, on)
 
     assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
 
 
+@pytest.mark.parametrize("name", ["private_evolution", "pre_text"])
 @pytest.mark.parametrize("vote", ["l2_clip", "l2_normalize", "l1", "one_record"])
-def test_private_evolution_of_texts_keeps_all_it_owes(vote):
-    settings = QUICK["private_evolution"] | WORDS | {"vote": vote}
+def test_a_strategy_of_texts_keeps_all_it_owes(name, vote):
+    settings = QUICK[name] | WORDS | {"vote": vote}
 
-    findings = check_strategy(build_strategy("private_evolution", settings), small_texts())
+    findings = check_strategy(build_strategy(name, settings), small_texts())
 
     assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
 
 
-@pytest.mark.parametrize("name", sorted({*strategy_names()} - {"private_evolution"}))
+@pytest.mark.parametrize("scores", ["direction", "prompt", "pool"])
+def test_popri_keeps_all_it_owes(scores):
+    short = {"num_rounds": 2, "num_prompts": 4, "num_responses": 5, "num_candidates": 20}
+    settings = short | {"model": "words", "embedder": "word_hashes", "scores": scores}
+
+    findings = check_strategy(build_strategy("popri", settings), plain_texts())
+
+    assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
+
+
+READERS = {"private_evolution"} | TEXTS_ONLY
+
+
+@pytest.mark.parametrize("name", sorted({*strategy_names()} - READERS))
 def test_a_strategy_that_reads_no_texts_refuses_them(name):
     with pytest.raises(ConfigError, match="does not read texts"):
         check_reads(build_strategy(name, {}), small_texts())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask public models for whole candidates: columns here, images and texts of a model by name."""
 
+import json
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from ...core.candidates import Candidates
 from ...core.embedding import EMBEDDER
-from ...core.generation import PLACES, Generation, Subject
+from ...core.generation import PLACES, Generation, Shown, Subject
 from ...core.schema import Schema
 from ...models.live import make
 from ...models.registry import build_model, canonical
@@ -105,6 +106,26 @@ class Breeder:
             lookahead_degree=next_degree,
         )
         if self.is_exact:
+            return make(request)
+        made: Candidates = yield request
+        return made
+
+    def expanded(
+        self, blank: Candidates, shown: Shown, rng: np.random.Generator
+    ) -> Generator[Generation, Any, Candidates]:
+        """New candidates after examples, not placed, for nobody votes on them."""
+        examples = replace(shown.examples, extras=without_places(shown.examples.extras))
+        request = Generation(
+            model=self.model,
+            settings=self.settings,
+            task="expand",
+            candidates=blank,
+            degree=0.0,
+            subject=self.subject,
+            seed=int(rng.integers(1 << 62)),
+            shown=replace(shown, examples=examples),
+        )
+        if build_model(self.model, json.loads(self.settings)).capabilities().is_exact:
             return make(request)
         made: Candidates = yield request
         return made

@@ -18,6 +18,7 @@ from .nearest import Finder, TableMetric
 from .tally import Tally
 
 CLUSTERS = "clusters"
+RESOLUTION = 12  # of votes: four bytes a candidate travel, and a vote is right to one part in 4,096
 _log = logging.getLogger(__name__)
 
 
@@ -65,6 +66,7 @@ def ballot(
         noise_multiplier=noise_multiplier,
         inputs=inputs,
         cells=cells,
+        resolution=RESOLUTION,
     )
 
 

@@ -326,7 +326,7 @@ def answered(folder: Path, file: str, columns: dict[str, Any]) -> tuple[ClientCo
         run_config={},
     )
     reply = client_app(Message(ask_to_records(ask), 2, MESSAGE_TYPE), context)
-    return reply_from_records(reply.content, dim=query.dim).code, reply.content
+    return reply_from_records(reply.content, query).code, reply.content
 
 
 def is_unspent(folder: Path) -> bool:

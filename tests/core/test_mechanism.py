@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 from fedsynth.core.errors import ConfigError
-from fedsynth.core.mechanism import Lattice, clipped_sum, noised
+from fedsynth.core.mechanism import Lattice, clipped_sum, noised, sent
 from fedsynth.core.query import Contribution, Query
 from fedsynth.core.randomness import OsKeyStream
 from hypothesis import given, settings
@@ -33,12 +33,13 @@ def norm(total, q):
     ),
     st.floats(1e-3, 1e3),
     st.lists(st.sampled_from(NASTY), max_size=4),
+    st.sampled_from([22, 12, 8]),
 )
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_one_user_never_moves_the_sum_by_more_than_the_clip(row, clip, nasty):
+def test_one_user_never_moves_the_sum_by_more_than_the_clip(row, clip, nasty, resolution):
     for place, value in enumerate(nasty[: row.shape[1]]):
         row[0, place] = value
-    q = query(row.shape[1], clip)
+    q = query(row.shape[1], clip, resolution=resolution)
 
     total = clipped_sum(Contribution.rows(row), q)
 
@@ -214,6 +215,51 @@ def test_user_indices_that_are_no_numbers_are_refused():
 
     with pytest.raises(ConfigError, match="order of users"):
         clipped_sum(Contribution.cells(np.array([[0], [1], [0]]), users, num_users=1), q)
+
+
+def test_a_row_of_many_cells_keeps_its_norm_on_a_coarse_lattice_and_no_more():
+    rng = np.random.default_rng(3)
+    rows = rng.normal(size=(20, 2000))
+    q = query(2000, 1.0, resolution=12)
+
+    lengths = [norm(clipped_sum(Contribution.rows(row[None]), q), q) for row in rows]
+
+    assert 0.98 < min(lengths) <= max(lengths) <= 1.0
+
+
+def test_what_does_not_fit_a_reply_stays_at_what_does_and_brings_no_two_sums_apart():
+    q = query(3, resolution=12)
+    one = np.array([2**31 - 5, -(2**40), 7]) * q.grain
+    other = np.array([2**31 + 90, -(2**40) - 1, 7]) * q.grain
+
+    apart = np.abs(sent(one, q).astype(np.int64) - sent(other, q))
+
+    assert sent(other, q).tolist() == [2**31 - 1, -(2**31) + 1, 7]
+    assert sent(other, q).dtype == np.int32
+    assert (apart * q.grain <= np.abs(one - other)).all()
+    assert sent(other, query(3)).tolist() == other.tolist()
+
+
+def test_a_noisy_sum_travels_rounded_to_the_nearest_grain():
+    q = query(5, resolution=12)
+    half = q.grain // 2
+
+    assert sent(np.array([half - 1, half, -half, -half - 1, 3 * q.grain]), q).tolist() == [
+        *(0, 1, 0, -1, 3)
+    ]
+
+
+def test_a_sum_on_a_coarse_grid_is_in_whole_grains_of_the_same_lattice():
+    rows = np.random.default_rng(0).normal(size=(50, 6)) / 4
+    q = query(6, resolution=12)
+
+    coarse, fine = (
+        clipped_sum(Contribution.rows(rows), q),
+        clipped_sum(Contribution.rows(rows), query(6)),
+    )
+
+    assert not (coarse % q.grain).any()
+    assert np.abs(coarse - fine).max() <= 50 * q.grain
 
 
 @pytest.mark.parametrize("exponent", [-99, -3, 0, 1, 20, 99])
@@ -400,6 +446,8 @@ def test_noise_that_cannot_be_is_refused(stddev):
         {"noise_multiplier": np.nan},
         {"sampling_prob": 0.0},
         {"sampling_prob": 1.01},
+        {"resolution": 7},
+        {"resolution": 23},
     ],
 )
 def test_a_query_that_cannot_be_is_refused(change):

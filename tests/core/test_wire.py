@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from fedsynth.core.errors import ClientCode
+from fedsynth.core.mechanism import sent
 from fedsynth.core.privacy import NoisePlacement
 from fedsynth.core.query import Choice, Query
 from fedsynth.core.wire import (
@@ -22,6 +23,7 @@ from fedsynth.core.wire import (
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 DIM = 6
+ASKED = Query("q", DIM, 1.0, 1.0)
 
 
 def ask(**change):
@@ -86,13 +88,28 @@ def test_arrays_of_any_shape_survive_the_trip(dtype, shape):
 def test_a_reply_survives_the_trip():
     total = np.array([1, -(2**40), 0, 5, 6, 2**46])
 
-    got = reply_from_records(
-        reply_to_records(Reply("r", 1, 2, ClientCode.OK, total, "a1")), dim=DIM
-    )
+    got = reply_from_records(reply_to_records(Reply("r", 1, 2, ClientCode.OK, total, "a1")), ASKED)
 
     assert got.total.tolist() == total.tolist()
     assert (got.run, got.round, got.attempt, got.code) == ("r", 1, 2, ClientCode.OK)
     assert got.site == "a1"
+
+
+def test_a_sum_of_coarse_steps_takes_four_bytes_a_cell():
+    query = Query("q", DIM, 1.0, 1.0, resolution=12)
+    total = np.array([1, -(2**40), 0, 5, 2**31 - 1, 2**46]) * query.grain
+    most = (2**31 - 1) * query.grain
+
+    records = reply_to_records(Reply("r", 1, 2, ClientCode.OK, sent(total, query)))
+
+    assert len(records["arrays"]["total"].data) == query.reply_bytes == 4 * DIM
+    got = reply_from_records(records, query).total
+    assert got.tolist() == [query.grain, -most, 0, 5 * query.grain, most, most]
+    assert reply_from_records(records, query).total.dtype == np.int64
+    with pytest.raises(WireError):
+        reply_from_records(records, ASKED)
+    with pytest.raises(WireError):
+        reply_from_records(reply_records(), query)
 
 
 @pytest.mark.parametrize("value", [2**46 + 1, -(2**46) - 1, 2**63 - 1, -(2**63)])
@@ -100,14 +117,14 @@ def test_a_cell_that_could_make_a_sum_wrap_is_refused(value):
     records = reply_to_records(Reply("r", 1, 1, ClientCode.OK, np.array([0, value])))
 
     with pytest.raises(WireError, match="larger than any"):
-        reply_from_records(records, dim=2)
+        reply_from_records(records, Query("q", 2, 1.0, 1.0))
 
 
 @pytest.mark.parametrize("code", [c for c in ClientCode if c is not ClientCode.OK])
 def test_a_refusal_carries_its_code_and_no_array(code):
     records = reply_to_records(Reply("r", 1, 1, code))
 
-    assert reply_from_records(records, dim=DIM).code is code
+    assert reply_from_records(records, ASKED).code is code
     assert len(records["arrays"]) == 0
 
 
@@ -169,7 +186,7 @@ def reply_records(array=None, extra=None, **config):
 )
 def test_a_reply_in_any_other_form_is_refused(records):
     with pytest.raises(WireError):
-        reply_from_records(records, dim=DIM)
+        reply_from_records(records, ASKED)
 
 
 @pytest.mark.parametrize(
@@ -297,9 +314,11 @@ def test_a_request_for_a_choice_that_cannot_be_is_refused(records):
 @pytest.mark.parametrize("total", [[1, 1, 1], [0, 0, 0], [2, 0, 0], [-1, 2, 1], [0, 5, -3]])
 def test_a_client_that_draws_other_than_it_was_asked_to_is_refused(total):
     records = reply_to_records(Reply("r", 1, 1, ClientCode.OK, np.array(total)))
+    choice = Choice.among([1] * 3, np.zeros(3), count=2, where="client")
+    query = Query("q", 3, 1.0, 1.0, choice=choice)
 
     with pytest.raises(WireError, match="draws other"):
-        reply_from_records(records, dim=3, drawn=2)
+        reply_from_records(records, query)
 
 
 def mutated(rng):
@@ -336,7 +355,7 @@ def test_ten_thousand_mutated_replies_neither_crash_nor_grow():
     for _ in range(10_000):
         records = mutated(rng)
         try:
-            reply = reply_from_records(records, dim=DIM)
+            reply = reply_from_records(records, ASKED)
         except WireError:
             continue
         accepted += 1

@@ -292,7 +292,7 @@ def code_of(plan: Plan, node_config: dict[str, object], *, run: str = "") -> Cli
         run_config={"run": run},
     )
     reply = client_app(message, context)
-    return reply_from_records(reply.content, dim=query.dim).code
+    return reply_from_records(reply.content, query).code
 
 
 def ask_of(plan: Plan, query: Query) -> Ask:

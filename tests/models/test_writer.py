@@ -135,6 +135,60 @@ def test_all_prompts_of_a_batch_begin_alike_and_have_seeds_of_their_own(server: 
     assert len({p.text.split(":")[0] for p in seen}) > 1
 
 
+def test_new_texts_are_written_after_the_examples_that_each_is_shown(server: str):
+    seen: list[Prompt] = []
+
+    class Recorder(Replies):
+        def completed(self, model: Any, prompts: Any) -> list[str | None]:
+            seen.extend(prompts)
+            return super().completed(model, prompts)
+
+    shown = np.array([[0, 2, 0], [0, 2, 0], [3, 1, 2]])
+    written = replace(writer(server, "obeys"), replies=Recorder(None)).expand(TEXTS, shown, rng())
+
+    assert [[answer for _, answer in p.turns] for p in seen] == [
+        [TEXTS[0], TEXTS[2]],
+        [TEXTS[0], TEXTS[2]],
+        [TEXTS[3], TEXTS[1], TEXTS[2]],
+    ]
+    assert len({p.seed for p in seen}) == 3
+    assert written.counts.usable == 3
+    assert written.parents.tolist() == [0, 0, 3]
+    assert not {*written.texts} & {*TEXTS}
+
+
+def test_an_expansion_that_repeats_a_seed_is_not_used(server: str):
+    model = writer(server, "repeats")
+    seeds = ["Always the same few words.", TEXTS[0]]
+
+    written = model.expand(seeds, np.array([[1, 0], [0, 1]]), rng())
+
+    assert written.texts == [seeds[1], seeds[0]]
+    assert written.counts.echoes == written.counts.replies == 4
+    assert written.counts.kept == 2
+
+
+def test_smollm2_writes_after_seeds_and_not_after_the_brief(smollm2: Writer):
+    kitchen = [
+        "add the butter before the sugar and stir it well",
+        "bake the bread for half an hour in a hot oven",
+        "my oven burns every cake that i put in",
+        "boil the pasta in salted water for ten minutes",
+    ]
+    words = ("oven", "bake", "butter", "sugar", "cake", "bread", "boil", "water", "salt", "cook",
+             "stir", "pan", "pasta", "heat", "flour", "eggs", "milk", "minutes", "hot")  # fmt: skip
+
+    after = smollm2.expand(kitchen, np.tile(np.arange(4), (16, 1)), rng(4))
+    without = smollm2.random_texts(16, rng(4))
+
+    def about_cooking(texts: list[str]) -> int:
+        return sum(any(word in text.casefold() for word in words) for text in texts)
+
+    assert about_cooking(after.texts) >= 10
+    assert about_cooking(without.texts) <= 4
+    assert not {*after.texts} & {*kitchen}
+
+
 def test_the_same_randomness_gives_the_same_texts(server: str):
     once, again = (writer(server, "obeys").random_texts(8, rng(3)) for _ in range(2))
     varied, varied_again = (writer(server, "obeys").vary(TEXTS, 0.4, rng(3)) for _ in range(2))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafts come from headers and types, hold no value, and are refused until they are filled."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from fedsynth.core.config import read_config
 from fedsynth.core.errors import ConfigError, DataError, SchemaError, ShardError
 from fedsynth.core.schema import Schema
+from fedsynth.server.planned import plan_of
 from fedsynth.simulation.init import Draft, check_filled, draft
 from pyarrow import parquet
 
@@ -236,3 +238,42 @@ def test_private_columns_are_left_to_the_run(patients: Path):
 def test_only_what_needs_bounds_or_categories_can_be_private(patients: Path, name: str):
     with pytest.raises(ConfigError, match="needs no bounds or categories"):
         draft(patients, user="patient_id", private=[name])
+
+
+def test_a_column_of_free_text_is_drafted_with_what_a_language_model_needs(tmp_path: Path):
+    path = tmp_path / "chat.csv"
+    path.write_text("nick,text\na,hello there\nb,how are you\n", encoding="utf-8")
+
+    made = draft(path, user="nick", text="text", num_users=1000)
+
+    run, schema = tomllib.loads(made.run_toml), Schema.from_json(tomllib.loads(made.schema_toml))
+    assert run["strategy"]["name"] == "private_evolution"
+    assert schema.text is not None
+    assert schema.text.name == "text"
+    assert schema.columns == ()
+    (hole,) = made.holes
+    assert hole.startswith("run.toml: strategy.model_settings.about")
+
+
+def test_a_filled_draft_of_free_text_is_a_plan(tmp_path: Path):
+    path = tmp_path / "chat.csv"
+    path.write_text("nick,text\na,hello there\nb,how are you\n", encoding="utf-8")
+    made = draft(path, user="nick", text="text", num_users=5000, folder=tmp_path)
+    run = written(made, tmp_path)
+    about = re.sub(r'about = "[^"]*"', 'about = "chat"', made.run_toml)
+    run.write_text(about, encoding="utf-8")
+
+    check_filled(run)
+
+    assert plan_of(read_config(run)).schema.text is not None
+
+
+@pytest.mark.parametrize("name", ["age", "smoker"])
+def test_only_text_is_free_text(patients: Path, name: str):
+    with pytest.raises(ConfigError, match="and no text"):
+        draft(patients, text=name)
+
+
+def test_free_text_is_nothing_else_beside(patients: Path):
+    with pytest.raises(ConfigError, match="nothing else beside it"):
+        draft(patients, text="sex", private=["sex"])
