@@ -125,7 +125,7 @@ def test_a_user_with_a_record_of_each_label_is_charged_in_full(rule):
 
     check_user(strategy, noise, ONE_OF_EACH)
     if rule["vote"] == "l2_normalize" or rule == {"vote": "l2_clip"}:
-        assert told_of(strategy, noise, ONE_OF_EACH) == pytest.approx(1 / noise, rel=1e-5)
+        assert told_of(strategy, noise, ONE_OF_EACH) == pytest.approx(1 / noise, rel=2e-3)
 
 
 def test_the_same_property_refuses_a_twin_that_normalizes_each_label_by_itself():
