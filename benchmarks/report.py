@@ -41,6 +41,7 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 if _ROOT not in sys.path:
     sys.path.insert(1, _ROOT)
 
+EXACT = "these figures compare with real records as they are: not private, for simulation only"
 CLAIM = "claim"  # the metric under which a claim stands in the JSON: 1 if it holds, else 0
 
 

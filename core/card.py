@@ -128,6 +128,7 @@ class Card:
       config_digest: SHA-256 of the run's configuration.
       parents: Runs whose releases this one was built on.
       caution: What the method warns the users of its records of; empty for most methods.
+      findings: What the run found out about its records under its budget; empty for most.
       rounds: What was asked, in order.
       files: Every other file of the release but `card.md`.
       format: Version of this layout.
@@ -164,6 +165,7 @@ class Card:
     config_digest: str
     parents: tuple[str, ...] = ()
     caution: str = ""
+    findings: tuple[str, ...] = ()
     rounds: tuple[CardRound, ...] = ()
     files: tuple[CardFile, ...] = ()
     format: int = FORMAT

@@ -357,6 +357,9 @@ class Strategy(ABC):
     which a plan shows; `users` is an `Electorate`. One that asks a public model has a method
     `workload(schema)`, by which a plan says what that takes.
 
+    A strategy whose rounds may end before its event is spent says so, by an attribute or a property
+    `stops_early` that is true. What was not asked by then is not charged.
+
     What whoever uses its records must be warned of stands in an attribute or a property `caution`:
     plain sentences, which a plan and the card of a release show; see `caution_of`.
     """

@@ -2,6 +2,7 @@
 """Records as codes: what a shard holds and what a synthesizer samples."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -113,7 +114,8 @@ class BoundedShard:
         for column in self.records.codes.T:
             keys = mixed(keys, column)
         if self.records.images is not None:
-            pixels = self.records.images.reshape(len(keys), -1)
+            shape = self.records.images.shape
+            pixels = self.records.images.reshape(len(keys), math.prod(shape[1:]))
             weights = mixed(np.arange(pixels.shape[1], dtype=np.uint64), 1) | np.uint64(1)
             for start in range(0, len(keys), 1024):  # a few at a time: a pixel takes eight bytes
                 part = slice(start, start + 1024)

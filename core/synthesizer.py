@@ -30,6 +30,14 @@ class Synthesizer(ABC):
     schema: Schema
     family: Family | None = None
 
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What the run found out about these records under its own budget, for the card to say.
+
+        Plain sentences, post-processing of noisy sums alone; none for most.
+        """
+        return ()
+
     def __init_subclass__(cls, **settings: Any) -> None:
         """Have the constraints kept by the `sample` that a class brings."""
         super().__init_subclass__(**settings)

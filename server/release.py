@@ -279,7 +279,10 @@ def write_release(
     records = synthesizer.sample(config.release.num_records, rng)
     return save(
         folder,
-        card=card_of(plan, num_records=len(records), noise_is_secret=noise_is_secret),
+        card=replace(
+            card_of(plan, num_records=len(records), noise_is_secret=noise_is_secret),
+            findings=synthesizer.findings,
+        ),
         synthesizer=synthesizer,
         records=records,
         rng=rng,
@@ -578,6 +581,8 @@ def _check_sums(release: Release) -> str:
 def _check_content(release: Release) -> str:
     """The synthesizer is restored, and the data has as many records as the card says."""
     kind, num_records = release.synthesizer.kind, release.data.num_rows
+    if release.synthesizer.findings != release.card.findings:
+        raise SecurityRefusal(f"{CARD} tells other findings than the synthesizer holds")
     if num_records != release.card.num_records:
         raise SecurityRefusal(
             f"data/ holds {num_records} records where {CARD} says {release.card.num_records}"

@@ -231,7 +231,7 @@ class _Trial:
             (query.noise_multiplier, query.sampling_prob) for query, _ in self.transcript
         )
         planned = accounting.leaves(self.strategy.event(self.schema, _NOISE))
-        if asked != planned:
+        if asked != planned and not (self.stops_early and asked <= planned):
             raise Broken(f"event() holds {dict(planned)}, rounds() asks {dict(asked)}")
 
     def one_user_is_bounded(self) -> None:
@@ -367,6 +367,17 @@ class _Trial:
         return self._transcript
 
     @property
+    def stops_early(self) -> bool:
+        """Whether the strategy says that it may ask less than its event holds."""
+        return bool(getattr(self.strategy, "stops_early", False))
+
+    @property
+    def most_queries(self) -> int:
+        """Queries that a run may ask."""
+        planned = accounting.leaves(self.strategy.event(self.schema, _NOISE)).total()
+        return planned if self.stops_early else len(self.transcript)
+
+    @property
     def learned(self) -> Synthesizer:
         """What the whole run ended in."""
         _ = self.transcript
@@ -426,13 +437,14 @@ class _Trial:
     def replayed(self, sums: list[NoisySum], void: set[int] | None = None) -> Synthesizer:
         """What a fresh generator makes of recorded sums; those in `void` are withheld.
 
-        What is asked otherwise after a void round is measured anew.
+        What is asked otherwise after a void round is measured anew, and what a run asks that would
+        have stopped without it is void too.
         """
         rounds = self.rounds()
         try:
             query = next(rounds)
-            for number in range(len(sums)):
-                noisy = sums[number]
+            for number in range(self.most_queries if void else len(sums)):
+                noisy = sums[number] if number < len(sums) else NoisySum.void(query)
                 if number in (void or set()):
                     noisy = NoisySum.void(query)
                 elif len(noisy.vector) != query.answer_dim:

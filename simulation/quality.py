@@ -209,7 +209,9 @@ def train_on_synthetic(
 
 
 def quality_table(
-    quality: Quality, *, title: str = "Quality (exact: stays at this site)"
+    quality: Quality,
+    *,
+    title: str = "Quality (exact, not private: simulation only, stays at this site)",
 ) -> "Table":
     """A table for the terminal; red, because its numbers are exact statistics of private data."""
     from rich.table import Table

@@ -21,6 +21,17 @@ from ..core.schema import Schema
 from ..models.registry import build_embedder, build_model
 from ..models.workload import Workload
 from .parts.breeder import Breeder, modality_of, without_places
+from .parts.distances import (
+    Curve,
+    Reading,
+    is_settled,
+    judged,
+    judges,
+    reading_of,
+    ruler_of,
+    with_ruler,
+    without_ruler,
+)
 from .parts.histograms import Grid, Histograms, cells_of, norm_clip
 from .parts.parents import Choosing, Selection
 from .parts.pool import Pool
@@ -42,6 +53,7 @@ if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
 Vote = Literal["l2_clip", "l2_normalize", "l1", "one_record"]
+_MOST_HELD_OUT = 0.5
 _USUAL_MODEL = {"table": "table", "image": "strokes", "text": "writer"}
 
 
@@ -110,10 +122,16 @@ class PrivateEvolution(Strategy):
       embedder_settings: Its settings.
       lookahead: A candidate of images or texts stands where the mean of so many of its
         variations does; 0: where it stands itself. Multiplies the model's work.
+      held_out: Share of the users, the same in all rounds, who do not vote but say how far their
+        records are from the nearest candidate. The curve of distances, with its noise, stands on
+        the card; it costs their votes, and nothing besides. 0: everybody votes.
+      patience: Stop, and spend no more, once that distance fell for so many rounds by no more
+        than its noise explains; 0: never. Needs `held_out`.
 
     Privacy:
       A user's whole vector, over all labels, is clipped once. Clipping or normalizing each label
-      by itself would let a user with records of m labels move the sum by sqrt(m) clips.
+      by itself would let a user with records of m labels move the sum by sqrt(m) clips. A user who
+      is held out has cells of the same vector and no votes in it, so one clip bounds both roles.
 
     Reference:
       Lin et al. (2024), "Differentially Private Synthetic Data via Foundation Model APIs 1:
@@ -147,6 +165,8 @@ class PrivateEvolution(Strategy):
     embedder: str = ""
     embedder_settings: dict[str, Any] = field(default_factory=dict)
     lookahead: int = 0
+    held_out: float = 0.0
+    patience: int = 0
     name: ClassVar[str] = "private_evolution"
     reads_text: ClassVar[bool] = True
 
@@ -177,6 +197,16 @@ class PrivateEvolution(Strategy):
             raise ConfigError(f"threshold must be a number of 0 or more, not {self.threshold!r}")
         if not 0 <= self.lookahead <= 64:
             raise ConfigError(f"lookahead must be 0 to 64, not {self.lookahead!r}")
+        if not 0 <= self.held_out <= _MOST_HELD_OUT:
+            raise ConfigError(
+                f"held_out must lie in [0, {_MOST_HELD_OUT}], not {self.held_out!r}: others vote"
+            )
+        if not 0 <= self.patience <= self.num_rounds:
+            raise ConfigError(f"patience must be 0 to num_rounds, not {self.patience!r}")
+        if self.patience and not self.held_out:
+            raise ConfigError(
+                "patience needs users who judge: set held_out, to 0.2 for one in five"
+            )
         if not 0 <= self.num_clusters <= self.num_candidates:
             raise ConfigError(
                 f"num_clusters must be 0 to num_candidates, not {self.num_clusters!r}"
@@ -222,15 +252,26 @@ class PrivateEvolution(Strategy):
         origins = families = np.arange(len(pool))
         earlier: Estimate | None = None
         num_drowned = 0
+        ruler: NDArray[np.float64] | None = None
+        readings: list[Reading | None] = []
         for number in range(self.num_rounds):
             groups = labels_of(pool.codes, label)
             tally = self._tally(schema, label, pool, groups)
-            noisy: NoisySum = yield self._ballot(schema, label, pool, tally, noises[-1])
+            asked = self._ballot(schema, label, pool, tally, noises[-1])
+            if self.held_out:
+                ruler = ruler_of(asked, self.category_weight) if ruler is None else ruler
+                asked = with_ruler(asked, ruler)
+            answer: NoisySum = yield asked
+            noisy, counts = (
+                replace(answer, vector=part) for part in np.split(answer.vector, [tally.dim])
+            )
+            if self.held_out:
+                readings.append(reading_of(counts, asked.clip))
             found = None if noisy.is_void else tally.read(noisy, earlier, families)
             fitness = None if found is None else self._fitness(noisy, tally, found)
             num_drowned += fitness is None and not noisy.is_void
             weights = weights if fitness is None else fitness
-            if number == self.num_rounds - 1:
+            if number == self.num_rounds - 1 or is_settled(readings, self.patience):
                 break
             if fitness is None or found is None:  # nothing was learned: ask about the same pool
                 lineage.append(np.arange(len(pool)))
@@ -247,7 +288,7 @@ class PrivateEvolution(Strategy):
             earlier = found.of_offspring(parents, fitness) if self.remember else None
             weights = weights[parents] / np.bincount(parents, minlength=len(weights))[parents]
             weights /= weights.sum()
-        warn_of_drowned(num_drowned, self.num_rounds, len(pool))
+        warn_of_drowned(num_drowned, number + 1, len(pool))
         return Pool(
             schema=schema,
             candidates=replace(pool, extras=without_places(pool.extras)),
@@ -257,6 +298,9 @@ class PrivateEvolution(Strategy):
             model=breeder.model,
             model_settings=json.loads(breeder.settings),
             sample_degree=self.sample_degree if breeder.is_exact else 0.0,
+            curve=Curve.of(readings, held_out=self.held_out, num_rounds=self.num_rounds)
+            if readings
+            else None,
         )
 
     def answer(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
@@ -268,33 +312,45 @@ class PrivateEvolution(Strategy):
         """
         if query.name == "marginals":
             return cells_of(query, shard)
-        finder, label = finder_of(query, shard.records, self.category_weight)
-        chosen = np.arange(len(shard.records))
+        asked, ruler = without_ruler(query)
+        finder, label = finder_of(asked, shard.records, self.category_weight)
+        is_judge = np.zeros(shard.num_users, dtype=np.bool_)
+        if ruler is not None:
+            is_judge = judges(shard, self.held_out)
+        used = np.ones(len(shard.records), dtype=np.bool_)
         if self.vote == "one_record":
-            chosen = _one_each(shard, int(rng.integers(1 << 62)))
-        records = shard.records
-        if len(chosen) < len(records):
-            records = records.take(chosen)
-        votes, _ = finder.nearest(
+            used = is_judge[shard.user_index]
+            used[_one_each(shard, int(rng.integers(1 << 62)))] = True
+        records, users = shard.records, shard.user_index[used]
+        if not used.all():
+            records = records.take(used)
+        votes, squared = finder.nearest(
             records.codes,
-            None if PLACES in query.inputs else records.images,
+            None if PLACES in asked.inputs else records.images,
             labels_of(records.codes, label),
             self.num_votes,
-            places=records.places if PLACES in query.inputs else None,
+            places=records.places if PLACES in asked.inputs else None,
         )
-        voting = votes[:, 0] >= 0
-        votes, users = votes[voting], shard.user_index[chosen][voting]
-        tally = tally_of(query, self.cluster_share)
+        near = votes[:, 0] >= 0
+        votes, users, squared = votes[near], users[near], squared[near]
+        tally = tally_of(asked, self.cluster_share)
         cells, heights = tally.cells(votes), tally.heights(self.num_votes)
+        scales = None
+        if ruler is not None:
+            bins = asked.dim + np.searchsorted(ruler, squared, side="right")
+            cells, heights, scales = judged(cells, heights, bins, users, is_judge, query.clip)
         if self._is_linear:
-            return Contribution.cells(cells, users, num_users=shard.num_users, weights=heights)
+            return Contribution.cells(
+                cells, users, num_users=shard.num_users, weights=heights, scales=scales
+            )
+        lit = heights if scales is None else heights * scales
         rows = np.zeros((shard.num_users, query.dim), dtype=np.float32)
-        np.add.at(rows, (users[:, None], cells), heights.astype(np.float32))
+        np.add.at(rows, (users[:, None], cells), lit.astype(np.float32))
         if self.vote == "l1":
             lengths = np.bincount(users, minlength=shard.num_users) * float(self.num_votes)
         else:
             lengths = np.linalg.norm(rows, axis=1)
-        rows /= np.where(lengths > 0, lengths, 1.0)[:, None].astype(np.float32)
+        rows /= np.where((lengths > 0) & ~is_judge, lengths, 1.0)[:, None].astype(np.float32)
         return Contribution.rows(rows)
 
     @property
@@ -327,6 +383,11 @@ class PrivateEvolution(Strategy):
             )
         if self.lookahead and embedder is None:
             raise ConfigError("lookahead needs an embedder, whose embeddings have a mean")
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether a run may end before its plan."""
+        return self.patience > 0
 
     def embedder_for(self, schema: Schema) -> Embedder | None:
         """What places records and candidates; `None`: their columns and pixels do."""
@@ -391,7 +452,7 @@ class PrivateEvolution(Strategy):
         }[self.vote]
         stddev = noise * clip / float(heard.mean())
         return Signal(
-            num_users=users.num_users,
+            num_users=users.num_users * (1 - self.held_out),
             num_candidates=self.num_candidates,
             num_votes=self.num_votes,
             stddev=stddev / fine,

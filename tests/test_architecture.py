@@ -2,6 +2,7 @@
 """The house rules that code can check: floors, doors, and what is never used."""
 
 import ast
+import re
 import tokenize
 from collections.abc import Iterator
 from functools import cache
@@ -34,6 +35,7 @@ EDGES = {
     "simulation/cli.py": "exit code 70, a bug",
     "simulation/local.py": "an error reply, as Flower's own engines give",
 }
+READS_RAW = {"models/frechet.py", "simulation/quality.py"}  # exact statistics of private records
 WATCHES_GLOBAL_RANDOM = {"simulation/check.py"}  # to see whether a plug-in touched it
 
 
@@ -97,6 +99,21 @@ def test_ours_is_imported_relatively(file: str):
     ]
 
     assert absolute == []
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if not f.startswith("simulation/")])
+def test_exact_figures_of_raw_records_are_made_in_simulations_alone(file: str):
+    exact = {f"fedsynth.{raw.removesuffix('.py').replace('/', '.')}" for raw in READS_RAW}
+
+    assert not exact & set(imported(file))
+
+
+@pytest.mark.parametrize("file", sorted(READS_RAW))
+def test_what_reads_raw_records_is_marked(file: str):
+    idea = ast.get_docstring(tree_of(file)) or ""
+
+    assert "simulation" in idea
+    assert re.search(r"never (leave|go)", idea) is not None
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.startswith("core/")])

@@ -15,8 +15,10 @@ from ...core.records import Records
 from ...core.schema import Schema
 from ...core.synthesizer import Synthesizer
 from ...models.registry import build_model
+from .distances import Curve
 from .rounding import rounded_cells
 
+_DISTANCES = "distances"
 _SAMPLED_AT_ONCE = 4096  # images drawn at a time
 
 
@@ -34,6 +36,7 @@ class Pool(Synthesizer):
       model: What made the images or texts.
       model_settings: Its settings.
       sample_degree: How far an image is varied when it is sampled.
+      curve: How near the pools came to users who judged; `None`: nobody did.
     """
 
     schema: Schema
@@ -44,6 +47,7 @@ class Pool(Synthesizer):
     model: str
     model_settings: dict[str, Any]
     sample_degree: float
+    curve: Curve | None = None
     kind: ClassVar[str] = "pool"
 
     @property
@@ -70,6 +74,11 @@ class Pool(Synthesizer):
                 images[start : start + _SAMPLED_AT_ONCE] = varied
         return Records(self.candidates.codes[drawn], images)
 
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """How near the pools came to users, where some judged."""
+        return () if self.curve is None else self.curve.told
+
     def settings(self) -> dict[str, Any]:
         """What made the candidates, and how far they vary."""
         return {
@@ -77,6 +86,7 @@ class Pool(Synthesizer):
             "model": self.model,
             "model_settings": self.model_settings,
             "sample_degree": self.sample_degree,
+            **({} if self.curve is None else {"curve": self.curve.settings()}),
         }
 
     def tensors(self) -> dict[str, NDArray[Any]]:
@@ -85,6 +95,7 @@ class Pool(Synthesizer):
             **self.candidates.tensors(),
             "weights": self.weights,
             "lineage": self.lineage,
+            **({} if self.curve is None else {_DISTANCES: self.curve.readings}),
         }
 
     @classmethod
@@ -97,7 +108,7 @@ class Pool(Synthesizer):
           ConfigError: The arrays are not those of a pool of this schema.
         """
         model, degree, label = (settings.get(k) for k in ("model", "sample_degree", "label"))
-        given = settings.get("model_settings")
+        given, curve = settings.get("model_settings"), settings.get("curve")
         try:
             candidates = Candidates.restore(schema, tensors)
             weights, lineage = tensors["weights"], tensors["lineage"]
@@ -118,6 +129,7 @@ class Pool(Synthesizer):
             and isinstance(model, str)
             and ":" not in model  # never import a module because a file names it
             and isinstance(given, dict)
+            and isinstance(curve, dict | None)
             and isinstance(label, int)
             and -1 <= label < len(schema.columns)
         ):
@@ -131,4 +143,5 @@ class Pool(Synthesizer):
             model=model,
             model_settings=given,
             sample_degree=float(degree),
+            curve=None if curve is None else Curve.restore(curve, tensors.get(_DISTANCES)),
         )

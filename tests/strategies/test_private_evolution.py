@@ -206,19 +206,6 @@ def test_a_user_with_a_record_of_every_label_moves_the_votes_by_at_most_the_clip
     assert 0 < moved <= query.clip
 
 
-def test_a_twin_that_normalizes_each_label_by_itself_breaks_that_bound_by_sqrt_ten():
-    strategy = PrivateEvolution(num_candidates=100, vote="l2_normalize", num_votes=1)
-    query = first_ballot(strategy, LABELLED)
-    codes = np.column_stack([np.arange(10), mixture(10)])
-
-    by_label = [
-        clipped_sum(strategy.answer(query, shard_of(codes[i : i + 1]), rng()), query)
-        for i in range(10)
-    ]
-
-    assert length(sum(by_label), query) == pytest.approx(np.sqrt(10) * query.clip, rel=1e-6)
-
-
 def test_a_record_of_one_user_is_not_clipped():
     strategy = PrivateEvolution(num_candidates=100, num_votes=4)
     query = first_ballot(strategy, LABELLED)
