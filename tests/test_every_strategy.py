@@ -53,7 +53,7 @@ TABLES_ONLY = {
     "tab_pe",
     "relational",
 }
-TEXTS_ONLY = {"popri"}
+TEXTS_ONLY = {"popri", "topics"}
 CASES = [(name, schema) for name in strategy_names() for schema in ("table", "images")]
 WORDS = {"model": "words", "embedder": "word_hashes", "num_votes": 1}
 
