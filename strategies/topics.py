@@ -187,9 +187,8 @@ class Topics(Strategy):
             raise ConfigError("topics resamples texts, and the schema has no text column")
         categories = [column.name for column in schema.columns if column.is_categorical]
         if self.label and self.label not in categories:
-            raise ConfigError(
-                f"label = {self.label!r} is no category; there are {', '.join(categories) or 'none'}"
-            )
+            known = ", ".join(categories) or "none"
+            raise ConfigError(f"label = {self.label!r} is no category; there are {known}")
         model = build_model(self.model, self.model_settings)
         model.check(Subject(schema))
         embedder = self.embedder_for(schema)
