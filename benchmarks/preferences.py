@@ -53,6 +53,7 @@ from scipy.stats import ttest_rel
 DELTA, TEXTS_A_USER = 1e-6, 4
 PROMPTS, RESPONSES, REJECT_RANK, ROUNDS = 60, 8, 5, 4
 FORMS: tuple[scores.Form, ...] = ("pool", "prompt", "direction")
+LEVELS = (("epsilon=0", 0.0), ("epsilon=1", 1.0), ("epsilon=4", 4.0), ("no noise", np.inf))
 SCHEMA = Schema((), text=TextColumn("text", 300))
 CORPUS, RESAMPLED, CLUSTERS = 2000, 500, 50
 BRIEF = {
@@ -177,7 +178,7 @@ def _recovery(
                     read = scores.read_scores(_noised(total, query), form, places)
                     if read is not None:
                         shares.append(scores.recovery(read, cosines, prompts, REJECT_RANK))
-                case = f"recovery users={num_users} epsilon={epsilon:g} {form}"
+                case = f"recovery-{num_users}-users {form} epsilon={epsilon:g}"
                 figures.add(case, "pairs in order", shares, unit="")
                 figures.add(case, "noise", noise, unit="")
                 found[num_users, epsilon, form] = float(np.mean(shares))
@@ -208,7 +209,7 @@ def _topics(figures: report.Report, chatters: Chatters, plays: Path, seeds: int)
     ceiling = real_against_real(
         chatters.held_out, RESAMPLED, CLUSTERS, np.random.default_rng(0), units=chatters.writers
     )
-    figures.add("topics chatters against chatters", "MAUVE-like", ceiling.tolist(), unit="")
+    figures.add("topics, chatters against chatters", "MAUVE-like", ceiling.tolist(), unit="")
     known: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "corpus.jsonl"
@@ -217,7 +218,7 @@ def _topics(figures: report.Report, chatters: Chatters, plays: Path, seeds: int)
         source = _Source(embedder, features)
         for num_users in (100, 1000):
             shard = next(chatters.shard.blocks(num_users))
-            for name, epsilon in (("0", 0.0), ("1", 1.0), ("4", 4.0), ("no noise", np.inf)):
+            for name, epsilon in LEVELS:
                 values, on_topic = [], []
                 for seed in range(seeds):
                     pool = _run(strategy, shard, epsilon, seed, source)
@@ -231,12 +232,12 @@ def _topics(figures: report.Report, chatters: Chatters, plays: Path, seeds: int)
                     values.append(near.value)
                     chat = set(chatters.corpus)
                     on_topic.append(float(np.mean([text in chat for text in _texts(sample)])))
-                case = f"topics users={num_users} epsilon={name}"
+                case = f"topics-{num_users}-users topics {name}"
                 figures.add(case, "MAUVE-like", values, unit="")
                 figures.add(case, "chat in it", on_topic, unit="")
                 known[f"{num_users} {name}"] = values
     for num_users in (100, 1000):
-        before, after = known[f"{num_users} 0"], known[f"{num_users} 1"]
+        before, after = (known[f"{num_users} epsilon={e}"] for e in (0, 1))
         p_value = float(ttest_rel(after, before).pvalue)
         lift = float(np.mean(after) - np.mean(before))
         figures.claim(
@@ -258,7 +259,6 @@ def _learning(figures: report.Report, chatters: Chatters, kept: Kept, seeds: int
         model_settings=BRIEF,
         embedder=chatters.embedder,
     )
-    levels = (("0", 0.0), ("1", 1.0), ("4", 4.0), ("no noise", np.inf))
     known: dict[str, list[float]] = {}
     figures.note(f"a policy learns from {chatters.shard.num_users} users, {strategy}")
     for seed in range(seeds):
@@ -274,7 +274,7 @@ def _learning(figures: report.Report, chatters: Chatters, kept: Kept, seeds: int
                     raise SystemExit("a pool without texts")
                 return float((embedder.embed(texts.tolist()) @ mean).mean())
 
-            for name, epsilon in (("no lessons", 0.0), *levels):
+            for name, epsilon in (("no lessons", 0.0), *LEVELS):
                 # learning at a rate of nearly nothing: the same texts are drawn without a lesson
                 still = BRIEF | {"learning_rate": 1e-9, "passes": 1}
                 of = replace(strategy, num_rounds=1, model_settings=still)
@@ -288,12 +288,12 @@ def _learning(figures: report.Report, chatters: Chatters, kept: Kept, seeds: int
                 print(f"policy {name}, seed {seed}: {value:.4f}", flush=True)
                 print(f"  {time.process_time() - begun:.0f} CPU-s", flush=True)
     for name, values in known.items():
-        figures.add(f"policy epsilon={name}", "cosine with held-out users", values, unit="")
-    for name in ("1", "4", "no noise"):
+        figures.add(f"policy popri {name}", "cosine with held-out users", values, unit="")
+    for name, _ in LEVELS[1:]:
         lift = np.array(known[name]) - np.array(known["no lessons"])
         p_value = float(ttest_rel(known[name], known["no lessons"]).pvalue) if seeds > 1 else 1.0
         figures.claim(
-            f"epsilon {name}: the policy writes nearer to held-out users than before its lessons:"
+            f"{name}: the policy writes nearer to held-out users than before its lessons:"
             f" {lift.mean():+.4f}, p {p_value:.2g}",
             float(lift.mean()) > 0 and p_value < 0.05,
         )
