@@ -98,6 +98,14 @@ often two records of a user vote alike in a pool of 100; from the same for pools
 nothing but the number of users is declared.
 """
 
+PREFERENCES = """## Preferences and topics
+
+`python benchmarks/preferences.py --json FILE`: users of a technical channel with four messages each, delta 1e-6. Recovery: of pairs
+(the best response to a prompt and the fifth), as noisy scores of one of four rounds choose them, the share that exact mean cosines put in
+the same order; a coin's is 0.5. Topics: a public corpus, half of it chat and half of it plays, resampled by a private histogram over 20
+clusters; MAUVE-like against other chatters. Policy: mean cosine of what SmolLM2 writes with texts of other chatters.
+"""
+
 THROUGHPUT = """## Throughput
 
 `python benchmarks/throughput.py --json FILE`
@@ -133,6 +141,7 @@ _SECTIONS = (
     ("scaling", SCALING, True),
     ("quality", QUALITY, True),
     ("votes", VOTES, True),
+    ("preferences", PREFERENCES, True),
     ("throughput", THROUGHPUT, False),
     ("kills", KILLS, False),
 )  # of each benchmark: its name, its heading, and whether its metrics stand side by side
