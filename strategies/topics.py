@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.candidates import Candidates
+from ..core.electorate import Electorate
 from ..core.embedding import EMBEDDER, MOST_SQUARED, Embedder
 from ..core.errors import ConfigError
 from ..core.generation import PLACES, Generation, Subject
@@ -165,7 +166,7 @@ class Topics(Strategy):
         """What places records and the corpus; `None`: a label tells topics."""
         return None if self.label else build_embedder(self.embedder, self.embedder_settings)
 
-    def check_signal(self, schema: Schema, noise_multiplier: float, num_users: float) -> None:
+    def check_signal(self, schema: Schema, noise_multiplier: float, users: Electorate) -> None:
         """Refuse a run whose histogram would drown.
 
         Raises:
@@ -173,9 +174,9 @@ class Topics(Strategy):
         """
         num = schema.shape[schema.index(self.label)] if self.label else self.num_topics
         fewest = CLEAR * noise_multiplier * self.max_norm * math.sqrt(num)
-        if num_users < fewest:
+        if users.num_users < fewest:
             raise ConfigError(
-                f"{num_users:,.0f} users spread over {num:,} topics, with noise of"
+                f"{users.num_users:,.0f} users spread over {num:,} topics, with noise of"
                 f" {noise_multiplier * self.max_norm:,.3g} on each, would not be heard:"
                 f" {math.ceil(fewest):,} are needed. Nothing was asked or spent; take fewer topics,"
                 " more users or a larger epsilon"

@@ -10,6 +10,7 @@ import pytest
 from fedsynth.client.shard import Shard
 from fedsynth.core.candidates import Candidates
 from fedsynth.core.config import parse_config
+from fedsynth.core.electorate import Electorate
 from fedsynth.core.embedding import whole
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.generation import Subject
@@ -149,8 +150,8 @@ def test_queries_of_the_store_do_not_move_the_ledger(corpus, tmp_path):
 
 def test_a_run_that_would_drown_is_refused_with_the_users_it_needs(corpus):
     with pytest.raises(ConfigError, match="74 are needed"):
-        by_clusters(corpus).check_signal(PLAIN, 10.0, 50)
-    by_clusters(corpus).check_signal(PLAIN, 10.0, 74)
+        by_clusters(corpus).check_signal(PLAIN, 10.0, Electorate(50))
+    by_clusters(corpus).check_signal(PLAIN, 10.0, Electorate(74))
 
 
 @pytest.mark.parametrize(
