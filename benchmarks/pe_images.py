@@ -12,7 +12,7 @@ has voted; `random votes`, the same rounds in which all votes go to other candid
 label, by chance; and `no noise`, exact sums of the same bounded votes, which no budget passes. The
 bound is `real`: as many records of the 539 writers themselves.
 
-    python benchmarks/pe_images.py --json pe_images.json     everything: half a CPU-hour
+    python benchmarks/pe_images.py --json pe_images.json     everything: 40 CPU-minutes
     python benchmarks/pe_images.py --quick                   scikit-learn's digits, seconds
 
 Runs are kept in FILE.runs.jsonl, and a benchmark that was cut goes on where it was. Settings were
