@@ -12,7 +12,7 @@ has voted; `random votes`, the same rounds in which all votes go to other candid
 label, by chance; and `no noise`, exact sums of the same bounded votes, which no budget passes. The
 bound is `real`: as many records of the 539 writers themselves.
 
-    python benchmarks/pe_images.py --json pe_images.json     everything: half a CPU-hour
+    python benchmarks/pe_images.py --json pe_images.json     everything: 40 CPU-minutes
     python benchmarks/pe_images.py --quick                   scikit-learn's digits, seconds
 
 Runs are kept in FILE.runs.jsonl, and a benchmark that was cut goes on where it was. Settings were
@@ -97,7 +97,7 @@ def main() -> int:
     seen = None if args.quick or not jobs else _features(_some(case.test, NUM_COMPARED, 0), figures)
     one = partial(measured, limit_s=args.limit, by=partial(judged, seen))
     measure_all(jobs, runs, one, at_once=args.jobs)
-    for job in runs.cases(quick=args.quick):
+    for job in sorted(runs.cases(quick=args.quick), key=_place):
         for metric in runs.of(*job.key[:3])[0].figures:
             values = runs.values(*job.key[:3], metric)
             figures.add(" ".join(job.key[1:3]), metric, values, unit=UNITS.get(metric, ""))
@@ -125,6 +125,13 @@ def _jobs(args: argparse.Namespace) -> Iterator[Job]:
         if seed == 0:
             for model in models:
                 yield Job(TABLE, model, NO_NOISE, seed)
+
+
+def _place(job: Job) -> tuple[int, int]:
+    """Models and levels in their order."""
+    levels = (RECORDS, NOISE_ONLY, RANDOM_VOTES, *SETTINGS, NO_NOISE)
+    place = levels.index(job.level) if job.level in levels else len(levels)
+    return ((REAL, *MODELS).index(job.method), place)
 
 
 def judged(seen: NDArray[np.float32] | None, job: Job) -> dict[str, float]:
