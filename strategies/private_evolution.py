@@ -135,7 +135,8 @@ class PrivateEvolution(Strategy):
         variations does; 0: where it stands itself. Multiplies the model's work.
       held_out: Share of the users, the same in all rounds, who do not vote but say how far their
         records are from the nearest candidate. The curve of distances, with its noise, stands on
-        the card; it costs their votes, and nothing besides. 0: everybody votes.
+        the card; it costs their votes, and nothing besides. Where a record is the unit, equal
+        records have one role: leave it at 0 for tables of few different ones. 0: everybody votes.
       patience: Stop, and spend no more, once that distance fell for so many rounds by no more
         than its noise explains; 0: never. Needs `held_out`.
 
