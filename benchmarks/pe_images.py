@@ -109,14 +109,20 @@ def main() -> int:
 
 def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     """Everything that is to be measured, the first seed of all first."""
+    if args.quick:
+        yield Job(TABLE, REAL, RECORDS, 0, quick=True)
+        yield Job(TABLE, "digits", NOISE_ONLY, 0, quick=True)
+        for model in ("digits", "glyphs"):
+            yield Job(TABLE, model, "epsilon=10", 0, quick=True)
+        return
     noisy = [f"epsilon={float(epsilon):g}" for epsilon in args.epsilons.split(",")]
-    levels = [NOISE_ONLY, RANDOM_VOTES, *noisy] if not args.quick else [NOISE_ONLY, "epsilon=10"]
     models = [model for model in MODELS if asked(model, args.only)]
-    for seed in range(1 if args.quick else args.seeds):
-        yield Job(TABLE, REAL, RECORDS, seed, quick=args.quick)
-        for model, level in product(models, levels):
-            yield Job(TABLE, model, level, seed, quick=args.quick)
-        if seed == 0 and not args.quick:
+    for seed in range(args.seeds):
+        if asked(REAL, args.only):
+            yield Job(TABLE, REAL, RECORDS, seed)
+        for model, level in product(models, (NOISE_ONLY, RANDOM_VOTES, *noisy)):
+            yield Job(TABLE, model, level, seed)
+        if seed == 0:
             for model in models:
                 yield Job(TABLE, model, NO_NOISE, seed)
 

@@ -126,8 +126,8 @@ class Size:
 
 SIZES = {
     "quick": Size(400, 100, 4, 2, 40, 120, 150, 150, 2),
-    "two-minutes": Size(300, 80, 2, 2, 24, 24, 80, 300, 1),
-    "one-hour": Size(1500, 300, 5, 3, 80, 160, 400, 6000, 3),
+    "two-minutes": Size(200, 60, 2, 2, 16, 12, 40, 200, 1),
+    "one-hour": Size(1200, 300, 4, 3, 60, 120, 300, 4000, 3),
 }
 
 
@@ -167,9 +167,18 @@ def main() -> int:
     figures = report.Report("pe_text", args)
     _noise(figures)
     with _kept(args.json) as (known, folder):
-        for case in _cases(figures, size, quick=args.quick):
-            if args.data in (None, case.name):
-                _measure(figures, case, size, known, folder, quick=args.quick)
+        cases = [
+            case
+            for case in _cases(figures, size, quick=args.quick)
+            if args.data in (None, case.name)
+        ]
+        rows = ["real", *(f"epsilon={level}" for level in LEVELS)]
+        rows += [] if args.quick else ["private_evolution epsilon=4"]
+        for seed in range(size.seeds):
+            for case in cases:
+                _measure(case, size, known, folder, rows, seed, quick=args.quick)
+        for case in cases:
+            _told(figures, case, size, known, rows)
     if not args.quick:
         figures.note("SmolLM2 has most likely read Shakespeare and chat logs: see the docstring")
     return figures.finish(by_case=True)
@@ -334,19 +343,7 @@ def _settings(case: Case, size: Size, *, quick: bool) -> dict[str, Any]:
     """What both strategies are told."""
     shared = {"num_rounds": size.rounds, "num_candidates": size.candidates, "label": ""}
     if quick:
-        spoken = [
-            "lord",
-            "king",
-            "good",
-            "come",
-            "love",
-            "night",
-            "man",
-            "heart",
-            "father",
-            "death",
-        ]
-        words = tuple(dict.fromkeys([*spoken, *" ".join(case.public[:40]).casefold().split()]))
+        words = tuple(dict.fromkeys(" ".join(case.public[:40]).casefold().split()))
         model = {"model": "words", "model_settings": {"words": words, "max_words": 12}}
         return shared | model | {"embedder": "word_hashes"}
     brief = BRIEFS[case.name] | {"max_words": MOST_WORDS}
@@ -392,22 +389,23 @@ def _texts_of(
 
 
 def _measure(
-    figures: report.Report, case: Case, size: Size, known: Known, folder: Path, *, quick: bool
+    case: Case,
+    size: Size,
+    known: Known,
+    folder: Path,
+    rows: Sequence[str],
+    seed: int,
+    *,
+    quick: bool,
 ) -> None:
-    """All rows of one data set."""
-    rows = ["real", *(f"epsilon={level}" for level in LEVELS)]
-    if not quick:
-        rows.append("private_evolution epsilon=4")
-    for seed in range(size.seeds):
-        for row in rows:
-            if known.of(case.name, row, seed) is None:
-                with report.cpu_timer() as spent:
-                    found = _judged(case, size, row, seed, folder, quick=quick)
-                known.add(found | {"CPU-s": spent[0]}, case.name, row, seed)
+    """All rows of one data set and seed, and the base alone."""
+    for row in rows:
+        if known.of(case.name, row, seed) is None:
+            with report.cpu_timer() as spent:
+                found = _judged(case, size, row, seed, folder, quick=quick)
+            known.add(found | {"CPU-s": spent[0]}, case.name, row, seed)
     if known.of(case.name, "base", 0) is None:
-        base = _base(case, quick=quick)
-        known.add(_accuracy(base, case) | {"CPU-s": 0.0}, case.name, "base", 0)
-    _told(figures, case, size, known, rows)
+        known.add(_accuracy(_base(case), case), case.name, "base", 0)
 
 
 def _judged(
@@ -422,8 +420,8 @@ def _judged(
         texts = _texts_of(
             case, size, level, seed, folder, quick=quick, alone=row.startswith("private")
         )
-    step = 0.01 if quick else 2e-3
-    model = fine_tune(texts, _base(case, quick=quick), seed=seed, learning_rate=step)
+    base = _base(case)
+    model = fine_tune(texts, base, seed=seed, learning_rate=_step(base.shape))
     judges = np.random.default_rng([seed, 10]).permutation(len(case.judges))[: len(texts)]
     divergence = mauve_like(
         _embedded(tuple(texts), quick=quick),
@@ -451,16 +449,21 @@ def _accuracy(model: SmallModel, case: Case) -> dict[str, Any]:
     }
 
 
-def _base(case: Case, *, quick: bool) -> SmallModel:
+def _base(case: Case) -> SmallModel:
     """The small model that all rows start from, which knows other public texts alone."""
-    return _trained(tuple(case.public), quick)
+    return _trained(tuple(case.public))
 
 
 @lru_cache(maxsize=2)
-def _trained(public: tuple[str, ...], quick: bool) -> SmallModel:
-    """The base of some texts."""
-    shape = Shape(vocabulary=512, dim=64, max_tokens=48) if quick else Shape()
-    return fine_tune(public, shape=shape, epochs=4, learning_rate=0.01 if quick else 2e-3)
+def _trained(public: tuple[str, ...]) -> SmallModel:
+    """The base of some texts; a smaller one of few."""
+    shape = Shape() if len(public) > 1000 else Shape(vocabulary=512, dim=64, max_tokens=48)
+    return fine_tune(public, shape=shape, epochs=4, learning_rate=_step(shape))
+
+
+def _step(shape: Shape) -> float:
+    """Learning rate of a model: smaller ones take larger steps."""
+    return 0.002 if shape.dim > 64 else 0.01
 
 
 @lru_cache(maxsize=8)

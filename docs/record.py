@@ -65,6 +65,15 @@ their domain, delta 1e-6, patients and customers as users. Records found: share 
 trusted server finds that sees all values. Heaviest bin: of those of 32 that hold several values.
 """
 
+PE_TEXT = """## Federated text
+
+`python benchmarks/pe_text.py --json FILE`: users of a chat room and roles in Shakespeare's plays, up to four texts each. SmolLM2-135M
+writes and varies, users vote by MiniLM's embeddings, and the model expands what survived (`pre_text`). `epsilon=inf` is exact
+votes, `epsilon=0` the same first pool without votes, expanded alike, `real` texts of other users. Accuracy: share of next tokens of users who
+took no part that a small model guesses, trained on other public text and then on 300 texts of the row; its interval is of a bootstrap over those users. Divergence: area
+under MAUVE's curve, of which `real` is the ceiling at that size. Lift is over `epsilon=0`. SmolLM2 has most likely read such texts before.
+"""
+
 DPDSYN = """## Task-guided
 
 `python benchmarks/dpdsyn.py --json FILE`. Judges see 10,000 synthetic records and are tested on real ones of other people, on
@@ -96,6 +105,14 @@ from the exact ones, with every user weighing one and with every record weighing
 is predicted from what a run file may declare, which was seen in 1,000 other users (500 of `irc`): the records of twenty typical users, and how
 often two records of a user vote alike in a pool of 100; from the same for pools of 25 and 400. Beside it stands what is predicted where
 nothing but the number of users is declared.
+"""
+
+PREFERENCES = """## Preferences and topics
+
+`python benchmarks/preferences.py --json FILE`: users of a technical channel with four messages each, delta 1e-6. Recovery: of pairs
+(the best response to a prompt and the fifth), as noisy scores of one of four rounds choose them, the share that exact mean cosines put in
+the same order; a coin's is 0.5. Topics: a public corpus, half of it chat and half of it plays, resampled by a private histogram over 20
+clusters; MAUVE-like against other chatters. Policy: mean cosine of what SmolLM2 writes with texts of other chatters.
 """
 
 THROUGHPUT = """## Throughput
@@ -133,6 +150,8 @@ _SECTIONS = (
     ("scaling", SCALING, True),
     ("quality", QUALITY, True),
     ("votes", VOTES, True),
+    ("preferences", PREFERENCES, True),
+    ("pe_text", PE_TEXT, True),
     ("throughput", THROUGHPUT, False),
     ("kills", KILLS, False),
 )  # of each benchmark: its name, its heading, and whether its metrics stand side by side

@@ -183,8 +183,13 @@ def _loaded(path: str) -> tuple[Any, Any]:
     kinds: Any = diffusers
     here = {"local_files_only": True}
     try:
-        network = kinds.UNet2DModel.from_pretrained(
-            path, subfolder="unet", use_safetensors=True, low_cpu_mem_usage=False, **here
+        network, found = kinds.UNet2DModel.from_pretrained(
+            path,
+            subfolder="unet",
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            **here,
         )
         schedule = kinds.DDIMScheduler.from_pretrained(path, subfolder="scheduler", **here)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -192,6 +197,11 @@ def _loaded(path: str) -> tuple[Any, Any]:
             f"model 'diffuser' cannot load {path} as a diffusion model of pixels:"
             f" {type(error).__name__}: {error}"
         ) from error
+    if lost := found["missing_keys"]:  # diffusers fills them with noise, and goes on
+        raise ConfigError(
+            f"model 'diffuser' cannot load {path}: its weights lack {len(lost)} tensors of its"
+            f" network, {lost[0]} among them"
+        )
     return network.eval(), schedule
 
 

@@ -20,6 +20,7 @@ MODELS = {
     "words": "models.words:Words",
     "writer": "models.text:TextWriter",
     "policy": "models.policy:Policy",
+    "corpus": "models.corpus:Corpus",
 }
 EMBEDDERS = {
     "word_hashes": "models.words:WordHashes",

@@ -178,7 +178,7 @@ def _fitting_schema(strategy: Strategy) -> Schema:
             return schema
     raise ConfigError(
         "the strategy fits neither a small table nor small images or texts; give a schema to try"
-        f" it on: {refusals[0]}"
+        f" it on: {'; '.join(dict.fromkeys(refusals))}"
     )
 
 

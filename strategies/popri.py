@@ -123,7 +123,6 @@ class Popri(Strategy):
 
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
         """Have responses written and scored; learn from each prompt's best and a worse one."""
-        self._check(schema)
         noises = self._noises(noise_multiplier)
         prompts = np.repeat(np.arange(self.num_prompts), self.num_responses).astype(np.int32)
         lessons: list[Lesson] = []

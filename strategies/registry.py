@@ -29,6 +29,7 @@ STRATEGIES = {
     "pre_text": "strategies.pre_text:PreText",
     "tab_pe": "strategies.tab_pe:TabPe",
     "popri": "strategies.popri:Popri",
+    "topics": "strategies.topics:Topics",
     "dp_merf": "strategies.dp_merf:DpMerf",
     "dp_fedavg": "strategies.dp_fedavg:DpFedAvg",
     "dp_wgan": "strategies.dp_wgan:DpWgan",

@@ -54,7 +54,7 @@ TABLES_ONLY = {
     "tab_pe",
     "relational",
 }
-TEXTS_ONLY = {"popri", "pre_text"}
+TEXTS_ONLY = {"popri", "pre_text", "topics"}
 CASES = [
     (name, schema)
     for name in strategy_names()

@@ -84,10 +84,11 @@ def test_the_wheel_holds_every_module(wheel_names: set[str]):
     assert {f"fedsynth/{module}" for module in modules()} <= wheel_names
 
 
-def test_the_wheel_holds_its_types_templates_and_licence(wheel_names: set[str]):
-    templates = {f"fedsynth/{p.relative_to(ROOT).as_posix()}" for p in ROOT.glob("core/*.j2")}
+def test_the_wheel_holds_its_types_templates_weights_and_licence(wheel_names: set[str]):
+    data = [*ROOT.glob("core/*.j2"), *ROOT.glob("models/*.safetensors")]
 
-    assert templates | {"fedsynth/py.typed"} <= wheel_names
+    assert {f"fedsynth/{p.relative_to(ROOT).as_posix()}" for p in data} <= wheel_names
+    assert {"fedsynth/py.typed", "fedsynth/models/glyphs.safetensors"} <= wheel_names
     assert any(name.endswith("/LICENSE") for name in wheel_names)
 
 

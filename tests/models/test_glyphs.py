@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The generator of characters: exact, smooth in its latent vectors, and of its own weights."""
 
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import pytest
 from fedsynth.core.candidates import Candidates
@@ -10,7 +15,9 @@ from fedsynth.core.schema import Column, ImageColumn, Schema
 from fedsynth.models import glyphs
 from fedsynth.models.glyphs import Glyphs, decoded
 from fedsynth.models.registry import build_model
+from safetensors.numpy import load_file
 
+ROOT = Path(__file__).resolve().parents[2]
 ORIGIN = "public: made up for this test"
 TEN = Column("digit", "category", ORIGIN, categories=tuple("0123456789"))
 SUBJECT = Subject(Schema((TEN,), ImageColumn("image", (28, 28, 1), ORIGIN), target="digit"), 0)
@@ -123,3 +130,24 @@ def test_settings_out_of_range_are_refused():
     for key in ("truncation", "contrast"):
         with pytest.raises(ConfigError, match=f"{key} must lie in"):
             build_model("glyphs", {key: 0.0})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+def test_the_script_that_trains_it_gives_the_same_weights_again(tmp_path):
+    np.savez(tmp_path / "public.npz", images=first(60).images[..., 0])
+
+    def trained(name, seed):
+        script = [sys.executable, str(ROOT / "examples" / "glyphs" / "train.py"), "--steps", "20"]
+        files = ["--data", str(tmp_path / "public.npz"), "--out", str(tmp_path / name)]
+        subprocess.run(
+            [*script, *files, "--seed", str(seed)], check=True, capture_output=True, timeout=300
+        )
+        return load_file(tmp_path / name)
+
+    once, again, other = (trained(f"{i}.safetensors", i // 2) for i in range(3))
+
+    shipped = glyphs._weights()
+    assert {n: a.shape for n, a in once.items()} == {n: a.shape for n, a in shipped.items()}
+    assert all(np.array_equal(array, again[name]) for name, array in once.items())
+    assert not np.array_equal(once["weight0"], other["weight0"])

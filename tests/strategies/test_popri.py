@@ -22,7 +22,7 @@ from fedsynth.server import generations
 from fedsynth.server.planned import plan_of, unfinished
 from fedsynth.server.release import verify
 from fedsynth.simulation.check import small_images, small_table
-from fedsynth.simulation.direct import non_private, prior
+from fedsynth.simulation.direct import non_private
 from fedsynth.simulation.run import run_local
 from fedsynth.strategies.parts import scores
 from fedsynth.strategies.popri import Popri
@@ -116,9 +116,8 @@ def test_a_model_learns_to_write_what_users_write(form):
     strategy = Popri(**SHORT, scores=form)
 
     learned = non_private(strategy, SCHEMA, writers(), np.random.default_rng(0))
-    nobody = prior(strategy, SCHEMA, 1.0, np.random.default_rng(0))
 
-    assert share_of_liked(learned) > share_of_liked(nobody) + 0.2
+    assert share_of_liked(learned) > 0.6  # four words in ten, before any lesson
     assert learned.model_settings["lessons"]
 
 
