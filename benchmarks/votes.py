@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import tables
@@ -37,7 +38,7 @@ from fedsynth.core.privacy import Budget, User
 from fedsynth.core.query import NoisySum, Query
 from fedsynth.core.randomness import OsKeyStream
 from fedsynth.core.records import BoundedShard, Records
-from fedsynth.core.schema import Schema, TextColumn
+from fedsynth.core.schema import ImageColumn, Schema, TextColumn
 from fedsynth.core.texts import as_texts
 from fedsynth.core.wire import Reply, reply_to_records
 from fedsynth.models.registry import build_embedder
@@ -108,13 +109,14 @@ def main() -> int:
     figures.note(report.EXACT)
     worst = max(off, default=0.0)
     figures.claim(f"signal as predicted, within 10 %: at most {worst:.1%} off", worst <= 0.10)
-    _compare(figures)
+    if not args.quick:
+        _compare(figures)
     _speed(figures, quick=args.quick)
     return figures.finish(by_case=True)
 
 
 def _cases(figures: report.Report, *, quick: bool) -> Iterator[Case]:
-    """Patients by their encounters, customers by their lines, and chatters by their messages."""
+    """Patients by encounters, customers by lines, writers by digits, chatters by messages."""
     wanted = {"diabetes130_cut": 1000} if quick else {
         "diabetes130": MOST_USERS, "diabetes130 many": MANY_USERS, "online_retail": MOST_USERS
     }  # fmt: skip
@@ -130,16 +132,38 @@ def _cases(figures: report.Report, *, quick: bool) -> Iterator[Case]:
         voters = case.train.only((position >= num_seen) & (position < num_seen + most))
         rows = np.random.default_rng(0).choice(len(case.test), max(POOLS))
         yield Case(name, case.schema, voters, seen, Candidates(case.test.codes[rows]), "")
-    path = tables.folder().parent / "text" / "irc_users.jsonl.gz"
     if quick:
         return
-    if not path.exists():
-        figures.note(f"{path.name} is not at hand: no votes of chatters")
-        return
-    yield _chatters(path)
+    kinds = {
+        "image/mnist_writers_{}.npz": _writers,
+        "text/irc_users.jsonl.gz": _chatters,
+    }
+    for name, read in kinds.items():
+        path = tables.folder().parent / name
+        if not Path(str(path).format("train")).exists():
+            figures.note(f"{path.name} is not at hand: no votes of its users")
+            continue
+        yield read(path)
 
 
-def _chatters(path) -> Case:  # type: ignore[no-untyped-def]
+def _writers(path: Path) -> Case:
+    """Writers of digits, by their pixels."""
+    files = [np.load(str(path).format(part)) for part in ("train", "test")]
+    schema = Schema((), ImageColumn("image", (28, 28, 1), "public: the scanner's format"))
+    images, ids = files[0]["images"][..., None], files[0]["writer_id"].astype(str)
+    records = Records(np.zeros((len(images), 0), dtype=np.int32), images)
+    shard = bound(Shard(records, ids), User("writer", max_records=MOST_RECORDS), seed=0)
+    order = np.random.default_rng(0).permutation(shard.num_users)
+    rows = np.random.default_rng(0).choice(len(files[1]["images"]), max(POOLS), replace=False)
+    pool = Candidates(
+        np.zeros((max(POOLS), 0), dtype=np.int32), files[1]["images"][rows, ..., None]
+    )
+    return Case(
+        "mnist_writers", schema, shard.only(order >= 100), shard.only(order < 100), pool, ""
+    )
+
+
+def _chatters(path: Path) -> Case:
     """Users of a technical chat room with five messages or more."""
     messages: dict[str, list[str]] = {}
     with gzip.open(path, "rt", encoding="utf-8") as lines:

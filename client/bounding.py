@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import ConfigError
 from ..core.privacy import PrivacyUnit
-from ..core.records import BoundedShard, Records
+from ..core.records import BoundedShard, Records, mixed
 from .shard import Shard
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -54,6 +54,7 @@ def bound(shard: Shard, unit: PrivacyUnit, *, seed: int) -> BoundedShard:
         owner[rows].astype(np.int64),
         len(user_ids),
         unit.max_records,
+        _words(user_ids, seed),
     )
 
 
@@ -75,6 +76,17 @@ def _kept(
     by_draw = np.lexsort((draws, owner[rows]))
     kept[rows[by_draw]] = position[rows] < unit.max_records  # ranks run 0, 1, .. in each user
     return kept
+
+
+def _words(user_ids: NDArray[np.str_], seed: int) -> NDArray[np.uint64]:
+    """A pseudorandom number for each user, by the id alone and not by how long others are."""
+    words = mixed(np.zeros(len(user_ids), dtype=np.uint64), seed)
+    width = user_ids.dtype.itemsize // 4
+    letters = np.ascontiguousarray(user_ids).view(np.uint32).reshape(len(user_ids), width)
+    for letter in letters.T:
+        rows = np.flatnonzero(letter)  # an id ends where zeros begin
+        words[rows] = mixed(words[rows], letter[rows])
+    return np.asarray(words, dtype=np.uint64)
 
 
 def _user_keys(user_ids: list[str], seed: int) -> NDArray[np.uint64]:

@@ -220,6 +220,7 @@ def _cached(
             stored["user_index"],
             int(stored["bounds"][0]),
             int(stored["bounds"][1]),
+            stored.get("words"),
         )
 
 
@@ -229,6 +230,8 @@ def _keep(path: Path, shard: BoundedShard) -> None:
     others: dict[str, Any] = {} if records.images is None else {"images": records.images}
     if records.texts is not None:
         others["texts"], others["text_starts"] = packed(records.texts)
+    if shard.words is not None:
+        others["words"] = shard.words
     descriptor, partial = mkstemp(dir=path.parent, prefix=f"{path.name}.")  # 0600 from the start
     try:
         with os.fdopen(descriptor, "wb") as file:

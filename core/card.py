@@ -128,6 +128,7 @@ class Card:
       config_digest: SHA-256 of the run's configuration.
       parents: Runs whose releases this one was built on.
       caution: What the method warns the users of its records of; empty for most methods.
+      describes: Whom its records describe, where the method says so itself.
       findings: What the run found out about its records under its budget; empty for most.
       rounds: What was asked, in order.
       files: Every other file of the release but `card.md`.
@@ -165,6 +166,7 @@ class Card:
     config_digest: str
     parents: tuple[str, ...] = ()
     caution: str = ""
+    describes: tuple[str, ...] = ()
     findings: tuple[str, ...] = ()
     rounds: tuple[CardRound, ...] = ()
     files: tuple[CardFile, ...] = ()
@@ -235,7 +237,7 @@ class Card:
             columns=[*self.schema.columns, *filter(None, (self.schema.image, self.schema.text))],
             aggregator=self.aggregator
             + (f" {_text(self.aggregator_settings)}" if self.aggregator_settings else ""),
-            counted=_counted(self),
+            counted=[*self.describes, *_counted(self)],
             domain=_domain,
             epsilon=_up(self.epsilon),
             twice=_up(2 * self.epsilon),

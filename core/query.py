@@ -360,6 +360,9 @@ class Strategy(ABC):
     A strategy whose rounds may end before its event is spent says so, by an attribute or a property
     `stops_early` that is true. What was not asked by then is not charged.
 
+    Whom its records describe, and how much each user counts in them, stands in an attribute or a
+    property `describes`: plain sentences, which the card of a release shows; see `describes_of`.
+
     What whoever uses its records must be warned of stands in an attribute or a property `caution`:
     plain sentences, which a plan and the card of a release show; see `caution_of`.
     """
@@ -410,6 +413,11 @@ class Strategy(ABC):
         Privacy:
           No user's vector may depend on another user's records.
         """
+
+
+def describes_of(strategy: Strategy) -> tuple[str, ...]:
+    """Whom a strategy's records describe; nothing where it does not say."""
+    return tuple(getattr(strategy, "describes", ()))
 
 
 def caution_of(strategy: Strategy) -> str:

@@ -88,16 +88,21 @@ class BoundedShard:
         `[0, num_users)`; every user has at least one record.
       num_users: Users in this shard.
       max_records: Bound that holds.
+      words: A pseudorandom number for each user, from the user's id and a public seed,
+        `(num_users,)`, uint64; `None` where users have no ids.
     """
 
     records: Records
     user_index: NDArray[np.int64]
     num_users: int
     max_records: int
+    words: NDArray[np.uint64] | None = None
 
     def __post_init__(self) -> None:
         if len(self.user_index) != len(self.records):
             raise ShardError("user_index and records differ in length")
+        if self.words is not None and len(self.words) != self.num_users:
+            raise ShardError("words and users differ in number")
 
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -128,24 +133,40 @@ class BoundedShard:
         stirred: NDArray[np.uint64] = mixed(total, 2)
         return stirred
 
+    def user_words(self, *salt: int) -> NDArray[np.uint64]:
+        """A pseudorandom number for each user, `(num_users,)`, that stays when records change.
+
+        By the user's id; where there are no ids, from the user's records, so that users with equal
+        records have equal numbers. It depends on nobody else, and carries no privacy claim.
+        """
+        if self.words is None:
+            return self.user_keys(*salt)
+        stirred: NDArray[np.uint64] = mixed(self.words, *salt)
+        return stirred
+
     def blocks(self, num_users: int) -> Iterator["BoundedShard"]:
         """The shard in runs of at most `num_users` users; at least one block, even when empty."""
         starts = self.starts
         for first in range(0, max(self.num_users, 1), num_users):
             last = min(first + num_users, self.num_users)
             rows = slice(int(starts[first]), int(starts[last])) if self.num_users else slice(0, 0)
-            yield self._part(rows, self.user_index[rows] - first, last - first)
+            yield self._part(rows, self.user_index[rows] - first, slice(first, last), last - first)
 
     def only(self, chosen: NDArray[np.bool_]) -> "BoundedShard":
         """The users where `chosen`, `(num_users,)`, is true."""
         keep = chosen[self.user_index]
         rank = np.cumsum(chosen) - 1
-        return self._part(keep, rank[self.user_index[keep]], int(chosen.sum()))
+        return self._part(keep, rank[self.user_index[keep]], chosen, int(chosen.sum()))
 
     def _part(
-        self, rows: slice | NDArray[np.bool_], user_index: NDArray[np.int64], num_users: int
+        self,
+        rows: slice | NDArray[np.bool_],
+        user_index: NDArray[np.int64],
+        users: slice | NDArray[np.bool_],
+        num_users: int,
     ) -> "BoundedShard":
-        return BoundedShard(self.records.take(rows), user_index, num_users, self.max_records)
+        words = None if self.words is None else self.words[users]
+        return BoundedShard(self.records.take(rows), user_index, num_users, self.max_records, words)
 
 
 def _word(text: str) -> int:

@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 
 from ..core.generation import Subject
+from ..core.query import Strategy
+from ..core.schema import Schema
 from .variation import Estimate, VariationModel
 
 
@@ -25,3 +27,9 @@ class Workload:
     def estimate(self) -> Estimate:
         """About what that takes."""
         return self.model.estimate(self.num_candidates, self.subject)
+
+
+def workload_of(strategy: Strategy, schema: Schema) -> Workload | None:
+    """What a strategy asks of a public model; `None` for one that asks none."""
+    found = getattr(strategy, "workload", None)
+    return None if found is None else found(schema)

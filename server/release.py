@@ -41,7 +41,7 @@ from ..core.answering import answered
 from ..core.card import Card, CardFile, code_digest
 from ..core.decode import SINGLE, decode, joined_table, save_records, split_tables
 from ..core.errors import ConfigError, FedsynthError, SchemaError, SecurityRefusal
-from ..core.query import Strategy, caution_of
+from ..core.query import Strategy, caution_of, describes_of
 from ..core.records import Family, Records
 from ..core.schema import Schema
 from ..core.seeds import rounds_rng, sample_rng
@@ -314,6 +314,7 @@ def card_of(plan: "Plan", *, num_records: int, noise_is_secret: bool) -> Card:
         strategy=config.strategy.name,
         settings=plan.facts["settings"],
         caution=caution_of(plan.strategy),
+        describes=describes_of(plan.strategy),
         noise_multiplier=plan.noise_multiplier,
         aggregator=config.noise.aggregator,
         aggregator_settings=config.noise.aggregator_settings,

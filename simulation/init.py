@@ -312,6 +312,11 @@ def _run_toml(
         else "# no column of user ids: each record is protected by itself, a person with several is"
         " not"
     )
+    typical = (
+        "# typical_records = [1, 1, 2, 5]  # of typical users, if publicly known: a plan reads it\n"
+        if user
+        else ""
+    )
     cap = min(4 * epsilon, max(10.0, epsilon))
     clip = (
         "# where max_records is above 1: how far a user with many records counts, found by itself\n"
@@ -325,7 +330,7 @@ def _run_toml(
 [population]             # these people own the budget, whatever run asks
 name = {_quoted(population)}
 num_users = {users if num_users is None else num_users}
-epsilon = {cap:g}              # the most that all runs together may ever spend
+{typical}epsilon = {cap:g}              # the most that all runs together may ever spend
 delta = {_delta(num_users):g}            # below 1 / (10 x users)
 
 [unit]                   # whom the promise protects

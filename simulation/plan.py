@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..client.respond import BLOCK_BYTES
 from ..core import accounting
@@ -16,13 +16,11 @@ from ..core.errors import BudgetExceeded
 from ..core.privacy import NoisePlacement
 from ..core.query import Query, caution_of
 from ..models.variation import Estimate
+from ..models.workload import workload_of
 from ..server.planned import Plan, plan_of
 from ..strategies.discovered import Discovered
 from ..strategies.parts.signal import Prospect, prospect_of
 from .dry_run import Question, questions_of, stddev_of
-
-if TYPE_CHECKING:
-    from ..models.workload import Workload
 
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 _BASE_BYTES = 250 << 20  # of a process that has imported what a run needs
@@ -283,10 +281,9 @@ def worst_odds(odds: float) -> str:
 
 def _model(plan: Plan) -> ModelUse | None:
     """What the run asks of a public model."""
-    found = getattr(plan.strategy, "workload", None)
-    if found is None:
+    work = workload_of(plan.strategy, plan.schema)
+    if work is None:
         return None
-    work: Workload = found(plan.schema)
     return ModelUse(
         name=work.model.name,
         fingerprint=work.model.fingerprint(),

@@ -22,11 +22,13 @@ from ..core.query import (
     Steps,
     Strategy,
     check_signal,
+    describes_of,
     embedder_of,
     trusts_server,
 )
 from ..core.records import BoundedShard
 from ..core.schema import MAX_OPEN_BYTES, Column, Schema
+from ..models.workload import Workload, workload_of
 from .parts.heavy_texts import TextSketch, text_keys
 from .parts.histograms import norm_clip
 from .parts.quantiles import TAIL, CountTree, bin_edges, coarse_edges, finer_edges
@@ -128,6 +130,16 @@ class Discovered(Strategy):
         return str(getattr(self.inner, "caution", ""))
 
     @property
+    def describes(self) -> tuple[str, ...]:
+        """Whom the inner strategy's records describe."""
+        return describes_of(self.inner)
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the inner strategy's rounds may end before its event is spent."""
+        return bool(getattr(self.inner, "stops_early", False))
+
+    @property
     def max_norm(self) -> float | None:
         """The inner strategy's, if it has one: a plan reads it."""
         norm = getattr(self.inner, "max_norm", None)
@@ -142,6 +154,11 @@ class Discovered(Strategy):
     ) -> Prospect | None:
         """What the inner strategy expects, on a schema such as might be found."""
         return prospect_of(self.inner, *self._likely(schema, noise_multiplier), users)
+
+    def workload(self, schema: Schema) -> Workload | None:
+        """What the inner strategy asks of a public model, on a schema such as might be found."""
+        likely = _made_up(schema, _TYPICAL) if schema.is_open else schema
+        return workload_of(self.inner, likely)
 
     def _likely(self, schema: Schema, noise_multiplier: float) -> tuple[Schema, float]:
         """A closed schema such as might be found, and the inner strategy's noise multiplier."""

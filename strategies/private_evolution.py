@@ -53,6 +53,17 @@ if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
 Vote = Literal["l2_clip", "l2_normalize", "l1", "one_record"]
+_DESCRIBES: dict[Vote, str] = {
+    "l2_clip": "It counts every record equally, but for what the clip takes: a user whose votes"
+    " together are longer than {max_norm:g} times one record's counts with all of them, scaled"
+    " down. Users with many records are therefore underrepresented.",
+    "l2_normalize": "It counts a user by the square root of the number of candidates that the"
+    " user's votes are spread over: neither users nor records count equally.",
+    "l1": "It counts every user equally: a user's records share one vote. It describes a record"
+    " drawn at random from a user drawn at random.",
+    "one_record": "It counts every user equally: one record of each votes, another in each round."
+    " It describes a record drawn at random from a user drawn at random.",
+}
 _MOST_HELD_OUT = 0.5
 _USUAL_MODEL = {"table": "table", "image": "strokes", "text": "writer"}
 
@@ -124,7 +135,8 @@ class PrivateEvolution(Strategy):
         variations does; 0: where it stands itself. Multiplies the model's work.
       held_out: Share of the users, the same in all rounds, who do not vote but say how far their
         records are from the nearest candidate. The curve of distances, with its noise, stands on
-        the card; it costs their votes, and nothing besides. 0: everybody votes.
+        the card; it costs their votes, and nothing besides. Where a record is the unit, equal
+        records have one role: leave it at 0 for tables of few different ones. 0: everybody votes.
       patience: Stop, and spend no more, once that distance fell for so many rounds by no more
         than its noise explains; 0: never. Needs `held_out`.
 
@@ -383,6 +395,11 @@ class PrivateEvolution(Strategy):
             )
         if self.lookahead and embedder is None:
             raise ConfigError("lookahead needs an embedder, whose embeddings have a mean")
+
+    @property
+    def describes(self) -> tuple[str, ...]:
+        """What the pool's weights estimate, by the rule of votes."""
+        return (_DESCRIBES[self.vote].format(max_norm=self.max_norm),)
 
     @property
     def stops_early(self) -> bool:

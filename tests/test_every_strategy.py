@@ -86,6 +86,19 @@ def test_a_strategy_of_texts_keeps_all_it_owes(name, vote):
     assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
 
 
+@pytest.mark.parametrize("vote", ["l2_clip", "one_record"])
+@pytest.mark.parametrize("schema", [small_table(), small_images(), small_texts()],
+                         ids=["table", "images", "texts"])  # fmt: skip
+def test_votes_beside_which_some_users_judge_keep_all_they_owe(schema, vote):
+    words = WORDS if schema.text is not None else {}
+    judged = {"vote": vote, "held_out": 0.4, "patience": 1}
+    settings = QUICK["private_evolution"] | words | judged
+
+    findings = check_strategy(build_strategy("private_evolution", settings), schema)
+
+    assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
+
+
 @pytest.mark.parametrize("scores", ["direction", "prompt", "pool"])
 def test_popri_keeps_all_it_owes(scores):
     short = {"num_rounds": 2, "num_prompts": 4, "num_responses": 5, "num_candidates": 20}

@@ -25,7 +25,7 @@ from .votes import labels_of
 RULER = "ruler"
 _NUM_BINS = 12
 _MOST_BINS = 256  # that a client answers with
-_ROLE = 0x6A75646765  # stirred into users' keys, so that a role is drawn by nothing else
+_ROLE = 0x6A75646765  # stirred into users' words, so that a role is drawn by nothing else
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -94,10 +94,11 @@ def without_ruler(query: Query) -> tuple[Query, NDArray[np.float64] | None]:
 def judges(shard: BoundedShard, held_out: float) -> NDArray[np.bool_]:
     """Which users judge instead of voting, `(num_users,)`: the same ones whoever stands beside.
 
-    Drawn by a pseudorandom number from each user's own records. It carries no privacy claim: in
-    either role a user's vector is within the clip.
+    Drawn by a pseudorandom number from each user's id, or from the records of users without ids,
+    of whom those with equal records have one role. It carries no privacy claim: in either role a
+    user's vector is within the clip.
     """
-    drawn = (shard.user_keys(_ROLE) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    drawn = (shard.user_words(_ROLE) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return np.asarray(drawn < held_out)
 
 

@@ -199,3 +199,47 @@ def test_each_record_of_a_user_is_as_likely_to_be_kept():
 
     assert chi_squared(fair) < 18.5  # 4 degrees of freedom, p = 0.001
     assert chi_squared(fair * np.array([4 / 3, 1, 1, 1, 2 / 3])) > 1000
+
+
+# --- a number of each user's own
+
+
+def words_of(ids, seed=0, records=None):
+    """The word of each user, by id."""
+    codes = np.arange(len(ids), dtype=np.int32)[:, None] if records is None else records
+    shard = bound(Shard(Records(codes), np.array(ids)), unit(max_records=9), seed=seed)
+    return dict(zip(sorted(set(ids)), shard.user_words(5).tolist(), strict=True))
+
+
+def test_a_users_word_hangs_on_the_id_alone():
+    alone, crowd = (
+        words_of(["ann", "ann"]),
+        words_of(["ann", "b", "a very much longer name", "ann"]),
+    )
+    others = words_of(["ann"], records=np.array([[77]], dtype=np.int32))
+
+    assert alone["ann"] == crowd["ann"] == others["ann"]
+    assert len(set(crowd.values())) == 3
+    assert words_of(["ann"], seed=1)["ann"] != alone["ann"]
+
+
+def test_users_with_equal_records_have_words_of_their_own_and_records_as_users_share_them():
+    same = np.zeros((500, 1), dtype=np.int32)
+    users = words_of([f"u{i}" for i in range(500)], records=same)
+    records = bound(Shard(Records(same), np.arange(500).astype(str)), PrivacyUnit(), seed=0)
+
+    assert len(set(users.values())) == 500
+    assert len(set(records.user_words(5).tolist())) == 1
+
+
+def test_words_stay_with_their_users_in_blocks_and_choices():
+    ids = np.array([f"u{i % 20:02}" for i in range(60)])
+    shard = bound(Shard(Records(np.zeros((60, 1), np.int32)), ids), unit(max_records=9), seed=0)
+    whole = shard.user_words(1)
+
+    blocks = np.concatenate([block.user_words(1) for block in shard.blocks(7)])
+    chosen = shard.only(np.arange(20) % 3 == 0).user_words(1)
+
+    assert np.array_equal(blocks, whole)
+    assert np.array_equal(chosen, whole[::3])
+    assert shard.only(np.zeros(20, dtype=bool)).user_words(1).shape == (0,)

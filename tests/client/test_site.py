@@ -46,6 +46,7 @@ def test_what_is_kept_is_the_bounded_shard_and_no_other_client_is_touched(path: 
         expected = bound(read_shard(path, SCHEMA, UNIT), UNIT, seed=seed)
         assert np.array_equal(again.records.codes, expected.records.codes)
         assert np.array_equal(again.user_index, expected.user_index)
+        assert np.array_equal(again.user_words(3), expected.user_words(3))
 
     assert len(list(state.glob("shard-*-of-3.*.npz"))) == 3
 

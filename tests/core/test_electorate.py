@@ -16,12 +16,12 @@ def test_one_record_is_spread_over_one_candidate_however_much_records_agree():
 
 
 def test_records_agree_less_often_in_a_larger_pool_and_never_less_than_by_chance():
-    users = Electorate(1, (10,), 0.2)
-    small, large = users.spread(100), users.spread(800)
+    users = Electorate(1, (10,), 0.175)  # 0.015 by chance, and 0.16 more
 
-    assert small[0] == pytest.approx(10 / (1 + 9 * 0.2))
-    assert large[0] == pytest.approx(10 / (1 + 9 * 0.1))
-    assert Electorate(1, (10,), 0.0).spread(5)[0] == pytest.approx(10 / (1 + 9 / 5))
+    assert users.spread(100)[0] == pytest.approx(10 / (1 + 9 * 0.175))
+    assert users.spread(1600)[0] == pytest.approx(10 / (1 + 9 * (0.015 / 16 + 0.16 / 2)))
+    assert Electorate(1, (10,), 0.0).spread(50)[0] == pytest.approx(10 / (1 + 9 * 0.03))
+    assert users.spread(1)[0] == pytest.approx(1)
 
 
 def test_the_spread_is_that_of_users_whose_records_agree_so_often():

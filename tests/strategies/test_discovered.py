@@ -13,15 +13,17 @@ from dp_accounting.dp_event import GaussianDpEvent
 from fedsynth.client.bounding import bound
 from fedsynth.client.shard import encode
 from fedsynth.core import accounting
+from fedsynth.core.electorate import Electorate
 from fedsynth.core.errors import ConfigError, ShardError
 from fedsynth.core.privacy import Budget, PrivacyUnit
-from fedsynth.core.query import Contribution, NoisySum
+from fedsynth.core.query import Contribution, NoisySum, check_signal
 from fedsynth.core.schema import OPEN, Schema
 from fedsynth.simulation.check import check_strategy
 from fedsynth.simulation.direct import direct_run, non_private
 from fedsynth.strategies.discovered import OTHER, Discovered
 from fedsynth.strategies.independent import Independent
 from fedsynth.strategies.mst import Mst
+from fedsynth.strategies.private_evolution import PrivateEvolution
 from fedsynth.strategies.registry import build_strategy, settings_of, strategy_names
 from scipy.stats import kstest, norm
 
@@ -197,6 +199,26 @@ def test_what_the_inner_strategy_declares_is_passed_on():
     assert strategy.trusts_server is True
     assert strategy.caution == "mind the step"
     assert strategy.max_norm == 2.5
+
+
+def test_what_the_inner_strategy_expects_and_refuses_is_that_of_its_part_of_the_budget():
+    inner = PrivateEvolution(num_candidates=60, num_votes=1, patience=1, held_out=0.2)
+    wrapped = Discovered(inner)
+    users = Electorate(20_000)
+    few = Electorate(5)
+
+    *_, noise = wrapped._noise(SCHEMA, 2.0)
+    told = wrapped.prospect(SCHEMA, 2.0, users)
+
+    assert noise > 2.0
+    closed = Discovered(Independent())
+    assert told.ratio == inner.prospect(SMALL, noise, users).ratio
+    assert closed.prospect(SCHEMA, 2.0, users) is None
+    assert wrapped.workload(SCHEMA).num_candidates == inner.workload(SMALL).num_candidates
+    assert closed.workload(SCHEMA) is None
+    assert (wrapped.describes, wrapped.stops_early) == (inner.describes, True)
+    with pytest.raises(ConfigError, match="would not be heard"):
+        check_signal(wrapped, SCHEMA, 2.0, few)
 
 
 def test_where_the_domain_rounds_are_lost_the_run_still_ends():

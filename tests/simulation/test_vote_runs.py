@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that stops early is charged for what it asked, resumes, replays, and says so."""
+"""Whole runs of votes: one that stops early is charged for what it asked; the card says it all."""
 
 import json
 from pathlib import Path
@@ -149,3 +149,21 @@ def test_without_judges_a_card_tells_no_distances(tmp_path):
 
     assert Release.open(folder).card.findings == ()
     assert "measured of itself" not in (folder / "card.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"vote": "l2_clip", "max_norm": 2.5}, "longer than 2.5 times one record's"),
+        ({"vote": "l2_normalize"}, "neither users nor records count equally"),
+        ({"vote": "l1"}, "a user's records share one vote"),
+        ({"vote": "one_record"}, "one record of each votes"),
+    ],
+)
+def test_the_card_says_whom_a_rule_of_votes_counts(tmp_path, rule, words):
+    plan = planned(tmp_path, patience=0, held_out=0.0, num_rounds=1, **rule)
+
+    folder = run_local(plan, stream=OsKeyStream(), data=population())
+
+    page = (folder / "card.md").read_text(encoding="utf-8")
+    assert words in page.split("## What it describes")[1].split("##")[0]
