@@ -78,8 +78,8 @@ class Policy(VariationModel):
     rank: int = 8
     alpha: int = 16
     beta: float = 0.1
-    learning_rate: float = 5e-4
-    passes: int = 2
+    learning_rate: float = 1.5e-3
+    passes: int = 3
     batch: int = 4
     lessons: tuple[Lesson, ...] = ()
     name: ClassVar[str] = "policy"
