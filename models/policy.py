@@ -152,7 +152,7 @@ class Policy(VariationModel):
         return self.random(candidates, subject, rng)
 
     def _written(self, pupil: Pupil, number: int, num: int, seed: int) -> list[str]:
-        """Replies to one prompt."""
+        """Replies to one prompt; empty ones for what cannot be printed."""
         replies = pupil.written(
             self._tokens(pupil, number),
             num,
@@ -161,7 +161,8 @@ class Policy(VariationModel):
             top_p=self.top_p,
             seed=seed,
         )
-        return [" ".join(reply.split()[: self.max_words]) for reply in replies]
+        found = [" ".join(reply.split()[: self.max_words]) for reply in replies]
+        return [text if text.isprintable() and "\ufffd" not in text else "" for text in found]
 
     def _taught(self) -> Pupil:
         """The language model that has learned the lessons."""
