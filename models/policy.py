@@ -197,7 +197,7 @@ class Policy(VariationModel):
         return tuple(tokens)
 
     def _prompt(self, number: int) -> Prompt:
-        """Prompt of a number: some examples as earlier turns, a length, a tone and a topic."""
+        """Prompt of a number: some examples as earlier turns, a tone and a topic."""
         rng, brief = np.random.default_rng([_VERSION, number]), self._brief
         shown = [brief.examples[i] for i in rng.permutation(len(brief.examples))[: self.shown]]
         tones = brief.tones or TONES
