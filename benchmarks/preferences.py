@@ -68,8 +68,6 @@ BRIEF = {
     ],
     "max_words": 12,
     "shown": 2,
-    "learning_rate": 2e-3,
-    "passes": 3,
 }
 
 

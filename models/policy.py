@@ -78,8 +78,8 @@ class Policy(VariationModel):
     rank: int = 8
     alpha: int = 16
     beta: float = 0.1
-    learning_rate: float = 5e-4
-    passes: int = 2
+    learning_rate: float = 1.5e-3
+    passes: int = 3
     batch: int = 4
     lessons: tuple[Lesson, ...] = ()
     name: ClassVar[str] = "policy"
@@ -152,7 +152,7 @@ class Policy(VariationModel):
         return self.random(candidates, subject, rng)
 
     def _written(self, pupil: Pupil, number: int, num: int, seed: int) -> list[str]:
-        """Replies to one prompt."""
+        """Replies to one prompt; empty ones for what cannot be printed."""
         replies = pupil.written(
             self._tokens(pupil, number),
             num,
@@ -161,7 +161,8 @@ class Policy(VariationModel):
             top_p=self.top_p,
             seed=seed,
         )
-        return [" ".join(reply.split()[: self.max_words]) for reply in replies]
+        found = [" ".join(reply.split()[: self.max_words]) for reply in replies]
+        return [text if text.isprintable() and "\ufffd" not in text else "" for text in found]
 
     def _taught(self) -> Pupil:
         """The language model that has learned the lessons."""
@@ -196,7 +197,7 @@ class Policy(VariationModel):
         return tuple(tokens)
 
     def _prompt(self, number: int) -> Prompt:
-        """Prompt of a number: some examples as earlier turns, a length, a tone and a topic."""
+        """Prompt of a number: some examples as earlier turns, a tone and a topic."""
         rng, brief = np.random.default_rng([_VERSION, number]), self._brief
         shown = [brief.examples[i] for i in rng.permutation(len(brief.examples))[: self.shown]]
         tones = brief.tones or TONES

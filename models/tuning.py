@@ -64,8 +64,8 @@ class Tuning:
     rank: int = 8
     alpha: int = 16
     beta: float = 0.1
-    learning_rate: float = 5e-4
-    passes: int = 2
+    learning_rate: float = 1.5e-3
+    passes: int = 3
     batch: int = 4
 
     def __post_init__(self) -> None:

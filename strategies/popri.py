@@ -150,7 +150,7 @@ class Popri(Strategy):
         return Pool(
             schema=schema,
             candidates=dataclasses.replace(pool, extras=without_places(pool.extras)),
-            weights=np.full(len(pool), 1 / len(pool)),
+            weights=_weights(pool),
             lineage=np.zeros((0, len(pool)), dtype=np.int32),
             label=-1,
             model=self.model,
@@ -256,3 +256,12 @@ class Popri(Strategy):
             for best, worse in pairs
             if texts[best] != texts[worse]
         ]
+
+
+def _weights(pool: Candidates) -> NDArray[np.float64]:
+    """Equal weights of all texts that say anything."""
+    texts = () if pool.texts is None else pool.texts.tolist()
+    said = np.array([bool(text.strip()) for text in texts])
+    if not said.any():
+        return np.full(len(pool), 1 / len(pool))
+    return np.asarray(said / said.sum())

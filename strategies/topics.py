@@ -111,8 +111,10 @@ class Topics(Strategy):
             inputs, num_topics = {_COLUMN: np.array([column])}, schema.shape[column]
         else:
             centers, topics = centers_of(pool.extras[PLACES], self.num_topics, rng)
-            inputs = {PLACES: centers, EMBEDDER: pool.extras[EMBEDDER][0]}
-            num_topics = len(centers)
+            num_topics = self.num_topics
+            # where texts are too few for so many, the last center stands again, for no record
+            stand = np.minimum(np.arange(num_topics), len(centers) - 1)
+            inputs = {PLACES: centers[stand], EMBEDDER: pool.extras[EMBEDDER][0]}
         noisy: NoisySum = yield Query(
             "topics",
             dim=num_topics,

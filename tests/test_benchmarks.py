@@ -97,6 +97,18 @@ def test_a_run_without_judges_does_not_stand_for_one_with_them(measure):
     assert runs.has(measure.Job("adult", "mst", "epsilon=1", 0))
 
 
+def test_what_a_policy_came_to_is_measured_once_even_where_a_line_was_cut(tabular, tmp_path):
+    preferences, path = importlib.import_module("preferences"), tmp_path / "x.runs.jsonl"
+    assert preferences.Kept(path).value("seed 0", lambda: 0.25) == 0.25
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"seed 1": 0.')  # the process was killed here
+
+    again = preferences.Kept(path)
+
+    assert again.value("seed 0", lambda: 9.0) == 0.25
+    assert again.value("seed 1", lambda: 0.5) == 0.5
+
+
 def test_figures_become_a_page_and_a_picture(tmp_path):
     docs = Path(FOLDER).parent / "docs"
     cases = {

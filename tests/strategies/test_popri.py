@@ -8,6 +8,7 @@ import pytest
 from fedsynth.client.placing import placed
 from fedsynth.client.shard import Shard
 from fedsynth.core import accounting
+from fedsynth.core.candidates import Candidates
 from fedsynth.core.config import parse_config
 from fedsynth.core.electorate import Electorate
 from fedsynth.core.embedding import STEPS, whole
@@ -24,6 +25,7 @@ from fedsynth.server.release import verify
 from fedsynth.simulation.check import small_images, small_table
 from fedsynth.simulation.direct import non_private
 from fedsynth.simulation.run import run_local
+from fedsynth.strategies import popri
 from fedsynth.strategies.parts import scores
 from fedsynth.strategies.popri import Popri
 
@@ -119,6 +121,14 @@ def test_a_model_learns_to_write_what_users_write(form):
 
     assert share_of_liked(learned) > 0.6  # four words in ten, before any lesson
     assert learned.model_settings["lessons"]
+
+
+def test_a_reply_that_says_nothing_is_not_released():
+    made = Candidates(np.zeros((4, 0), np.int32), texts=as_texts(["a", "", " ", "b"]))
+    nothing = Candidates(np.zeros((2, 0), np.int32), texts=as_texts(["", " "]))
+
+    assert popri._weights(made).tolist() == [0.5, 0, 0, 0.5]
+    assert popri._weights(nothing).tolist() == [0.5, 0.5]
 
 
 def test_fewer_pairs_are_recovered_under_more_noise():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fedsynth.client.shard import Shard
+from fedsynth.core.answering import answered
 from fedsynth.core.candidates import Candidates
 from fedsynth.core.config import parse_config
 from fedsynth.core.electorate import Electorate
@@ -24,6 +25,7 @@ from fedsynth.server.planned import plan_of
 from fedsynth.server.release import Release, verify
 from fedsynth.simulation.check import check_strategy, small_table
 from fedsynth.simulation.direct import direct_run, non_private, prior
+from fedsynth.simulation.dry_run import stand_in
 from fedsynth.simulation.run import run_local
 from fedsynth.strategies.parts.kmeans import centers_of
 from fedsynth.strategies.topics import TOPIC, Topics, resampled
@@ -99,6 +101,17 @@ def test_the_release_follows_what_users_write_of(make, schema, corpus):
     assert exact == pytest.approx({"linux": 0.75, "food": 0.25, "sport": 0.0}, abs=0.02)
     assert noisy == pytest.approx(exact, abs=0.2)
     assert nobody == pytest.approx(dict.fromkeys(SUBJECTS, 1 / 3), abs=1e-6)
+
+
+def test_a_corpus_of_fewer_texts_than_topics_is_asked_about_as_planned(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"message": "ubuntu disk"}\n{"message": "butter oven"}\n')
+    strategy = by_clusters(path, num_candidates=2, num_topics=2)
+    rounds = answered(strategy.rounds(PLAIN, 1.0, np.random.default_rng(0)), stand_in)
+
+    assert next(rounds).dim == 2  # also where all candidates are alike
+    learned = non_private(strategy, PLAIN, users(), np.random.default_rng(0))
+    assert shares(learned)["linux"] > 0.5
 
 
 def test_shares_are_dealt_out_evenly_within_a_topic_and_lost_topics_go_to_the_others():
