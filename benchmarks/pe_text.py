@@ -19,14 +19,15 @@ texts that were never public.
     python benchmarks/pe_text.py --size two-minutes
     python benchmarks/pe_text.py --quick                 the example's cut, without any network
 
-Each row of a seed goes into FILE.runs.jsonl when it is done, and replies of the language model into
-FILE.replies/: a benchmark that was cut goes on where it was.
+Each row of a seed goes into FILE.SIZE.runs.jsonl when it is done, the language model's replies into
+the folder FILE.SIZE: a benchmark that was cut goes on where it was.
 """
 
 import report  # isort: skip  (first: it holds numpy and torch to one thread)
 
 import gzip
 import json
+import logging
 import math
 import sys
 import tempfile
@@ -41,6 +42,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import tables
 from fedsynth.client.bounding import bound
+from fedsynth.client.placing import placed
 from fedsynth.client.shard import Shard
 from fedsynth.core import accounting
 from fedsynth.core.answering import answered
@@ -85,7 +87,7 @@ BRIEFS: dict[str, dict[str, Any]] = {  # public words alone: nobody's text was l
         "examples": (
             "My lord, the messenger is come, and he brings heavy news from the north.",
             "What, wilt thou stay, and leave thy brother to fight alone?",
-            "I know thee not, old man; go to thy bed.",
+            "I never saw thee ere this morning, good man; go to thy bed.",
             "O, that this night would end, and I might see her face again!",
             "Come, sirrah, bring us wine, and let the fiddler play.",
             "He is a knave, and I will have his purse ere morning.",
@@ -162,11 +164,11 @@ def main() -> int:
     options.add_argument("--seeds", type=int, help="repetitions")
     options.add_argument("--data", help="only this data set")
     args = options.parse_args()
-    size = SIZES["quick" if args.quick else args.size]
-    size = replace(size, seeds=args.seeds or size.seeds)
+    name = "quick" if args.quick else args.size
+    size = replace(SIZES[name], seeds=args.seeds or SIZES[name].seeds)
     figures = report.Report("pe_text", args)
     _noise(figures)
-    with _kept(args.json) as (known, folder):
+    with _kept(args.json, name) as (known, folder):
         cases = [
             case
             for case in _cases(figures, size, quick=args.quick)
@@ -178,7 +180,7 @@ def main() -> int:
             for case in cases:
                 _measure(case, size, known, folder, rows, seed, quick=args.quick)
         for case in cases:
-            _told(figures, case, size, known, rows)
+            _told(figures, case, size, known, rows, proves=name == "one-hour")
     if not args.quick:
         figures.note("SmolLM2 has most likely read Shakespeare and chat logs: see the docstring")
     return figures.finish(by_case=True)
@@ -304,10 +306,10 @@ class Known:
 
 
 @contextmanager
-def _kept(path: Path | None) -> Iterator[tuple[Known, Path]]:
-    """Where rows and replies are kept: beside the JSON, or nowhere for long."""
+def _kept(path: Path | None, size: str) -> Iterator[tuple[Known, Path]]:
+    """Where rows and replies of a size are kept: beside the JSON, or nowhere for long."""
     with tempfile.TemporaryDirectory() as nowhere:
-        runs = None if path is None else path.with_suffix(".runs.jsonl")
+        runs = None if path is None else path.with_suffix(f".{size}.runs.jsonl")
         found: dict[str, dict[str, Any]] = {}
         if runs is not None and runs.exists():
             for line in runs.read_text(encoding="utf-8").splitlines():
@@ -316,7 +318,7 @@ def _kept(path: Path | None) -> Iterator[tuple[Known, Path]]:
                 except ValueError:
                     continue  # cut short
                 found[row.pop("row")] = row
-        folder = Path(nowhere) if path is None else path.with_suffix(".replies")
+        folder = Path(nowhere) if path is None else path.with_suffix(f".{size}")
         folder.mkdir(parents=True, exist_ok=True)
         yield Known(runs, found), folder
 
@@ -367,11 +369,15 @@ def _texts_of(
     settings = _settings(case, size, quick=quick)
     if alone:
         far = {"degree_first": PreText.degree_first, "degree_last": PreText.degree_last}
-        strategy: Strategy = PrivateEvolution(**settings, **far)
+        strategy: PrivateEvolution | PreText = PrivateEvolution(**settings, **far)
     else:
         strategy = PreText(**settings, num_expanded=size.expanded, seed_share=0.3)
     cached: Any = Cached(strategy, folder)
+    if (embedder := strategy.embedder_for(SCHEMA)) is not None:
+        placed(case.voters, embedder, folder)  # once for all runs on this data
     rng, epsilon = np.random.default_rng([seed, 7]), LEVELS[level]
+    heard = logging.WARNING if epsilon else logging.ERROR  # of nobody nothing can be heard
+    logging.getLogger("fedsynth").setLevel(heard)
     if math.isinf(epsilon):
         learned = non_private(cached, SCHEMA, case.voters, rng)
     else:
@@ -405,7 +411,7 @@ def _measure(
                 found = _judged(case, size, row, seed, folder, quick=quick)
             known.add(found | {"CPU-s": spent[0]}, case.name, row, seed)
     if known.of(case.name, "base", 0) is None:
-        known.add(_accuracy(_base(case), case), case.name, "base", 0)
+        known.add(_accuracy(_base(case, folder), case), case.name, "base", 0)
 
 
 def _judged(
@@ -420,7 +426,7 @@ def _judged(
         texts = _texts_of(
             case, size, level, seed, folder, quick=quick, alone=row.startswith("private")
         )
-    base = _base(case)
+    base = _base(case, folder)
     model = fine_tune(texts, base, seed=seed, learning_rate=_step(base.shape))
     judges = np.random.default_rng([seed, 10]).permutation(len(case.judges))[: len(texts)]
     divergence = mauve_like(
@@ -449,16 +455,17 @@ def _accuracy(model: SmallModel, case: Case) -> dict[str, Any]:
     }
 
 
-def _base(case: Case) -> SmallModel:
-    """The small model that all rows start from, which knows other public texts alone."""
-    return _trained(tuple(case.public))
+def _base(case: Case, folder: Path) -> SmallModel:
+    """The small model that all rows start from, which knows other public texts alone.
 
-
-@lru_cache(maxsize=2)
-def _trained(public: tuple[str, ...]) -> SmallModel:
-    """The base of some texts; a smaller one of few."""
-    shape = Shape() if len(public) > 1000 else Shape(vocabulary=512, dim=64, max_tokens=48)
-    return fine_tune(public, shape=shape, epochs=4, learning_rate=_step(shape))
+    A smaller one, where there are few of them. It is kept in a folder.
+    """
+    kept = folder / f"base-{case.name}"
+    if not kept.exists():
+        few = Shape(vocabulary=512, dim=64, max_tokens=48)
+        shape = Shape() if len(case.public) > 1000 else few
+        fine_tune(case.public, shape=shape, epochs=4, learning_rate=_step(shape)).save(kept)
+    return SmallModel.load(kept)
 
 
 def _step(shape: Shape) -> float:
@@ -475,8 +482,16 @@ def _embedded(texts: tuple[str, ...], *, quick: bool) -> NDArray[np.float32]:
 # --- figures
 
 
-def _told(figures: report.Report, case: Case, size: Size, known: Known, rows: list[str]) -> None:
-    """Rows of the table, lifts and claims of one data set."""
+def _told(
+    figures: report.Report,
+    case: Case,
+    size: Size,
+    known: Known,
+    rows: list[str],
+    *,
+    proves: bool,
+) -> None:
+    """Rows of the table, lifts and, where there is enough to show any, claims of one data set."""
     base = known.of(case.name, "base", 0) or {}
     name = f"{case.name} public base alone"
     figures.add(name, f"{ACCURACY}, %", 100 * base["accuracy"], unit="%")
@@ -500,7 +515,9 @@ def _told(figures: report.Report, case: Case, size: Size, known: Known, rows: li
         figures.add(name, "its 95 % from", float(np.mean([r["low"] for r in found[row]])), unit="")
         figures.add(name, "its to", float(np.mean([r["high"] for r in found[row]])), unit="")
         figures.add(name, "CPU-s", [r["CPU-s"] for r in found[row]], unit="CPU-s")
-    for level in ("inf", "4", "1"):
+    if not proves:
+        figures.note(f"{case.name}: too few texts to show a lift; --size one-hour has enough")
+    for level in ("inf", "4", "1") if proves else ():
         lift, p_users, _ = _lift(found[f"epsilon={level}"], zero)
         sentence = (
             f"{case.name}, epsilon {level}: accuracy {100 * lift:+.2f} points over epsilon = 0,"

@@ -77,12 +77,12 @@ def test_no_user_votes_and_judges_and_the_budget_is_priced_below_one_in_all_user
 
 def test_rows_that_were_measured_are_known_again_even_where_a_line_was_cut(pe_text, tmp_path):
     path = tmp_path / "x.json"
-    with pe_text._kept(path) as (known, _):
+    with pe_text._kept(path, "quick") as (known, _):
         known.add({"accuracy": 0.1}, "irc", "real", 0)
-    with path.with_suffix(".runs.jsonl").open("a") as file:
+    with path.with_suffix(".quick.runs.jsonl").open("a") as file:
         file.write('{"row": "irc epsi')
 
-    with pe_text._kept(path) as (known, folder):
+    with pe_text._kept(path, "quick") as (known, folder):
         assert known.of("irc", "real", 0) == {"accuracy": 0.1}
         assert known.of("irc", "real", 1) is None
         assert folder.is_dir()
