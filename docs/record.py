@@ -160,9 +160,9 @@ _SECTIONS = (
     ("scaling", SCALING, True),
     ("quality", QUALITY, True),
     ("votes", VOTES, True),
-    ("preferences", PREFERENCES, True),
-    ("pe_text", PE_TEXT, True),
     ("pe_images", PE_IMAGES, True),
+    ("pe_text", PE_TEXT, True),
+    ("preferences", PREFERENCES, True),
     ("throughput", THROUGHPUT, False),
     ("kills", KILLS, False),
 )  # of each benchmark: its name, its heading, and whether its metrics stand side by side

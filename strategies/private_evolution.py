@@ -125,7 +125,9 @@ class PrivateEvolution(Strategy):
       category_weight: Distance of two categories, where the full range of a number is 1.
       model: The public model that makes images or texts. `strokes`: random curves; give them 12
         rounds or more. `digits`: handwritten digits; the label's categories must be digits.
-        `blobs`: smooth colors; knows nothing of lines. `writer`: a language model. Empty:
+        `glyphs`: handwritten characters, gray, 28 by 28. `blobs`: smooth colors; knows nothing of
+        lines. `library`: images of a public file. `diffuser`: a diffusion model in a local
+        folder. `writer`: texts by a language model. `corpus`: texts of a public file. Empty:
         `strokes` for images, `writer` for texts. Or another that is installed.
       model_settings: Its settings.
       embedder: What tells which candidates are near a record, the same at all clients. Empty:
