@@ -7,7 +7,8 @@ model expands what survived. Rows are `epsilon=inf` (exact votes), 4, 1, and 0: 
 of the same first pool when nobody votes, expanded alike. Two judges, on users who took no part:
 
 - next-token accuracy of a small language model, trained on other public text and then on as many
-  texts of a row as of any other, `real` ones among them; the interval is of a bootstrap over users;
+  texts of a row as of any other, `real` ones among them; the interval is of a bootstrap over users,
+  and so is `p over users`, for these very models; `p over seeds` is over other pools and models;
 - divergence: area under MAUVE's curve on MiniLM embeddings of equally many texts, beside that of
   real texts of other users (`real`), which nothing synthetic of that size can pass.
 
@@ -129,7 +130,7 @@ class Size:
 SIZES = {
     "quick": Size(400, 100, 4, 2, 40, 120, 150, 150, 2),
     "two-minutes": Size(200, 60, 2, 2, 16, 12, 40, 200, 1),
-    "one-hour": Size(1200, 300, 4, 3, 60, 120, 300, 4000, 3),
+    "one-hour": Size(1200, 300, 4, 3, 48, 80, 300, 4000, 5),
 }
 
 
@@ -179,8 +180,9 @@ def main() -> int:
         for seed in range(size.seeds):
             for case in cases:
                 _measure(case, size, known, folder, rows, seed, quick=args.quick)
-        for case in cases:
-            _told(figures, case, size, known, rows, proves=name == "one-hour")
+        found = [_told(figures, case, size, known, rows) for case in cases]
+        if name == "one-hour":
+            _claims(figures, found)
     if not args.quick:
         figures.note("SmolLM2 has most likely read Shakespeare and chat logs: see the docstring")
     return figures.finish(by_case=True)
@@ -483,15 +485,9 @@ def _embedded(texts: tuple[str, ...], *, quick: bool) -> NDArray[np.float32]:
 
 
 def _told(
-    figures: report.Report,
-    case: Case,
-    size: Size,
-    known: Known,
-    rows: list[str],
-    *,
-    proves: bool,
-) -> None:
-    """Rows of the table, lifts and, where there is enough to show any, claims of one data set."""
+    figures: report.Report, case: Case, size: Size, known: Known, rows: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Put the rows of one data set into the table; its runs by row, one a seed."""
     base = known.of(case.name, "base", 0) or {}
     name = f"{case.name} public base alone"
     figures.add(name, f"{ACCURACY}, %", 100 * base["accuracy"], unit="%")
@@ -506,24 +502,33 @@ def _told(
         figures.add(name, "95 % from", 100 * low, unit="%")
         figures.add(name, "to", 100 * high, unit="%")
         if row not in ("real", "epsilon=0"):
-            lift, p_users, p_seeds = _lift(found[row], zero)
-            figures.add(name, f"{LIFT}, points", 100 * lift, unit="")
-            figures.add(name, "p over users", p_users, unit="")
-            if p_seeds is not None:
-                figures.add(name, "p over seeds", p_seeds, unit="")
+            lifts = _apart(found[row], zero, "accuracy")
+            figures.add(name, f"{LIFT}, points", [100 * lift for lift in lifts], unit="")
+            figures.add(name, "p over users", _p_users(found[row], zero), unit="")
+            figures.add(name, "p over seeds", _p_seeds(lifts), unit="")
         figures.add(name, DIVERGENCE, [r["divergence"] for r in found[row]], unit="")
         figures.add(name, "its 95 % from", float(np.mean([r["low"] for r in found[row]])), unit="")
         figures.add(name, "its to", float(np.mean([r["high"] for r in found[row]])), unit="")
         figures.add(name, "CPU-s", [r["CPU-s"] for r in found[row]], unit="CPU-s")
-    if not proves:
-        figures.note(f"{case.name}: too few texts to show a lift; --size one-hour has enough")
-    for level in ("inf", "4", "1") if proves else ():
-        lift, p_users, _ = _lift(found[f"epsilon={level}"], zero)
-        sentence = (
-            f"{case.name}, epsilon {level}: accuracy {100 * lift:+.2f} points over epsilon = 0,"
-            f" p = {p_users:.2g} over users"
-        )
-        figures.claim(sentence, lift > 0 and p_users < 0.05)
+    return found
+
+
+def _claims(figures: report.Report, found: Sequence[dict[str, list[dict[str, Any]]]]) -> None:
+    """What votes must add to what nobody votes on, over the seeds of all data sets together."""
+    for level in ("inf", "4", "1"):
+        for what, scale in (("accuracy", 100), ("divergence", 1)):
+            lifts = [
+                scale * lift
+                for rows in found
+                for lift in _apart(rows[f"epsilon={level}"], rows["epsilon=0"], what)
+            ]
+            mean, p = float(np.mean(lifts)), _p_seeds(lifts)
+            points = " points" if scale > 1 else ""
+            figures.claim(
+                f"epsilon {level}: {what} {mean:+.2g}{points} over epsilon = 0 in"
+                f" {len(lifts)} pairs, p = {p:.2g}",
+                mean > 0 and p < 0.05,
+            )
 
 
 def _interval(runs: Sequence[dict[str, Any]]) -> tuple[float, float]:
@@ -533,26 +538,32 @@ def _interval(runs: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _lift(
-    runs: Sequence[dict[str, Any]], zero: Sequence[dict[str, Any]]
-) -> tuple[float, float, float | None]:
-    """Mean accuracy above that of epsilon = 0, and how likely it is no more than chance.
+def _apart(
+    runs: Sequence[dict[str, Any]], zero: Sequence[dict[str, Any]], what: str
+) -> list[float]:
+    """How far each seed's figure is above that of epsilon = 0."""
+    return [run[what] - none[what] for run, none in zip(runs, zero, strict=True)]
 
-    Returns:
-      The lift; a two-sided p-value of a bootstrap over judges, paired; and one over seeds, of a
-      paired t-test, where there are two or more.
+
+def _p_users(runs: Sequence[dict[str, Any]], zero: Sequence[dict[str, Any]]) -> float:
+    """Two-sided p-value of a difference in accuracy, by a paired bootstrap over judges.
+
+    It says that these very models differ, whatever users they are judged by; another seed may
+    give others, which `_p_seeds` tells.
     """
-    apart = [run["accuracy"] - none["accuracy"] for run, none in zip(runs, zero, strict=True)]
     drawn = _resampled(runs) - _resampled(zero)
     below = (1 + (drawn <= 0).sum()) / (1 + len(drawn))
     above = (1 + (drawn >= 0).sum()) / (1 + len(drawn))
-    p_users = min(1.0, 2 * float(min(below, above)))
-    p_seeds = None
-    if len(apart) > 1 and np.ptp(apart) > 0:
-        from scipy.stats import ttest_1samp
+    return min(1.0, 2 * float(min(below, above)))
 
-        p_seeds = float(ttest_1samp(apart, 0.0).pvalue)
-    return float(np.mean(apart)), p_users, p_seeds
+
+def _p_seeds(lifts: Sequence[float]) -> float:
+    """Two-sided p-value that lifts are 0 in the mean: Student's t-test; 1 for a single one."""
+    from scipy.stats import ttest_1samp
+
+    if len(lifts) < 2 or np.ptp(lifts) == 0:
+        return 1.0
+    return float(ttest_1samp(lifts, 0.0).pvalue)
 
 
 def _resampled(runs: Sequence[dict[str, Any]], num: int = 4000) -> NDArray[np.float64]:

@@ -38,14 +38,11 @@ def test_a_lift_is_found_where_judges_are_paired_and_chance_is_not_taken_for_one
     zero, same, better = ([run(f, s) for s in seeds] for f, seeds in
                           ((1.0, (0, 1, 2)), (1.0, (3, 4, 5)), (1.1, (6, 7, 8))))  # fmt: skip
 
-    _, p_same, _ = pe_text._lift(same, zero)
-    lift, p_better, p_seeds = pe_text._lift(better, zero)
     low, high = pe_text._interval(zero)
 
-    assert p_same > 0.05
-    assert p_better < 0.01
-    assert lift > 0
-    assert 0 < p_seeds < 1
+    assert pe_text._p_users(same, zero) > 0.05
+    assert pe_text._p_users(better, zero) < 0.01
+    assert min(pe_text._apart(better, zero, "accuracy")) > 0
     assert low < np.mean([r["accuracy"] for r in zero]) < high
 
 
@@ -86,3 +83,10 @@ def test_rows_that_were_measured_are_known_again_even_where_a_line_was_cut(pe_te
         assert known.of("irc", "real", 0) == {"accuracy": 0.1}
         assert known.of("irc", "real", 1) is None
         assert folder.is_dir()
+
+
+def test_a_lift_over_seeds_is_told_from_chance(pe_text):
+    # t = mean / (std / sqrt(n)) = 2 / (1 / sqrt(3)) = 3.46 of two degrees of freedom: p = 0.074
+    assert pe_text._p_seeds([1.0, 2.0, 3.0]) == pytest.approx(0.0742, abs=1e-4)
+    assert pe_text._p_seeds([-1.0, 0.5, 0.4, 0.0]) > 0.5
+    assert pe_text._p_seeds([0.3]) == 1.0

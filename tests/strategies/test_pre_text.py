@@ -338,3 +338,12 @@ def test_saved_seeds_that_were_tampered_with_are_refused(learned, name, spoil):
 
     with pytest.raises(ConfigError, match="saved seeds"):
         Expanded.restore(SCHEMA, learned.settings(), tensors)
+
+
+def test_candidates_may_stand_where_their_variations_do():
+    far = PreText(**QUICK | {"lookahead": 3, "num_expanded": 0})
+
+    found = non_private(far, SCHEMA, population(), rng())
+
+    blind = prior(far, SCHEMA, 1.0, rng())
+    assert on_topic(found.sample(300, rng())) > on_topic(blind.sample(300, rng())) + 0.15
