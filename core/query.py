@@ -435,7 +435,7 @@ def check_reads(strategy: Strategy, schema: Schema) -> None:
         raise ConfigError(
             f"strategy {strategy.name!r} does not read texts, and the schema holds the text column"
             f" {schema.text.name!r}. Remove it from the schema, or take a strategy for texts:"
-            " private_evolution"
+            " private_evolution, pre_text, popri or topics"
         )
 
 
