@@ -40,7 +40,7 @@ def blank(subject, num):
     return Candidates(codes)
 
 
-@pytest.mark.parametrize("name", sorted({*MODELS} - {"writer"}))
+@pytest.mark.parametrize("name", sorted({*MODELS} - {"writer", "policy"}))
 def test_what_a_model_makes_fits_the_schema_and_comes_again(name):
     model = build_model(name, {})
     makes = model.capabilities()
@@ -63,7 +63,7 @@ def test_what_a_model_makes_fits_the_schema_and_comes_again(name):
         assert again.tensors().keys() == one.tensors().keys()
 
 
-@pytest.mark.parametrize("name", sorted({*MODELS} - {"writer"}))
+@pytest.mark.parametrize("name", sorted({*MODELS} - {"writer", "policy"}))
 def test_a_model_refuses_a_schema_that_holds_none_of_its_kind(name):
     model = build_model(name, {})
     makes = model.capabilities().modality

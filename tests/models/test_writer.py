@@ -178,14 +178,14 @@ def test_smollm2_writes_after_seeds_and_not_after_the_brief(smollm2: Writer):
     words = ("oven", "bake", "butter", "sugar", "cake", "bread", "boil", "water", "salt", "cook",
              "stir", "pan", "pasta", "heat", "flour", "eggs", "milk", "minutes", "hot")  # fmt: skip
 
-    after = smollm2.expand(kitchen, np.tile(np.arange(4), (16, 1)), rng(4))
-    without = smollm2.random_texts(16, rng(4))
+    after = smollm2.expand(kitchen, np.tile(np.arange(4), (24, 1)), rng(4))
+    without = smollm2.random_texts(24, rng(4))
 
     def about_cooking(texts: list[str]) -> int:
         return sum(any(word in text.casefold() for word in words) for text in texts)
 
-    assert about_cooking(after.texts) >= 10
-    assert about_cooking(without.texts) <= 4
+    assert about_cooking(after.texts) >= 7  # of 24, and more than half of them are
+    assert about_cooking(without.texts) <= 5
     assert not {*after.texts} & {*kitchen}
 
 
