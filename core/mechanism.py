@@ -23,6 +23,7 @@ _MISSHAPEN = (
     " numbers of cells in the order of users, with a finite height for each; make it by"
     " Contribution.rows or Contribution.cells"
 )
+_LEAST_SHARE = 2  # grains: a share of noise that is finer would not survive being rounded
 _FARTHEST = 9  # standard deviations, which no draw of noise reaches: see `lattice_noise`
 _MOST = 1 << 62  # in a cell, of whatever resolution
 _SHRINK = 1 - 1e-6  # keeps a clipped row inside the bound in spite of float32 rounding
@@ -101,9 +102,14 @@ def sent(total: NDArray[np.int64], query: Query) -> NDArray[np.integer]:
 
 
 def share_arrives(query: Query, *, stddev: float) -> bool:
-    """Whether one client's share of noise arrives whole: not too fine or too wide for a reply."""
+    """Whether one client's share of noise arrives whole: not too fine or too wide for a reply.
+
+    Shares of two grains or more, rounded each, add up to what their sum would be rounded with
+    noise of its own added, but for parts in 10^15: the Fourier transform of such a Gaussian is
+    exp(-2 pi^2) at the highest frequency that whole grains hold, in each of several shares.
+    """
     steps = stddev / (Lattice.of(query).unit * query.grain)
-    return 1 <= steps <= np.iinfo(query.reply_dtype).max / (2 * _FARTHEST)
+    return _LEAST_SHARE <= steps <= np.iinfo(query.reply_dtype).max / (2 * _FARTHEST)
 
 
 def with_room(total: NDArray[np.int64], query: Query, *, stddev: float) -> NDArray[np.int64]:
