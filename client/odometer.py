@@ -415,6 +415,7 @@ def digest_of(ask: Ask) -> str:
         "noise_multiplier": float(query.noise_multiplier),
         "sampling_prob": float(query.sampling_prob),
         "cells": query.cells,
+        "resolution": query.resolution,
         "choice": None if query.choice is None else [query.choice.where, query.choice.count],
         "inputs": [[name, a.dtype.str, list(a.shape)] for name, a in inputs.items()],
     }

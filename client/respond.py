@@ -19,7 +19,7 @@ from ..core.choice import chosen
 from ..core.embedding import EMBEDDER, Embedder
 from ..core.errors import ClientCode, ConfigError, ShardError
 from ..core.failpoints import at
-from ..core.mechanism import Lattice, clipped_sum, noised, sent
+from ..core.mechanism import Lattice, clipped_sum, noised, sent, share_arrives, with_room
 from ..core.privacy import NoisePlacement
 from ..core.query import Contribution, Query, Strategy, embedder_of
 from ..core.randomness import KeyStream, coins
@@ -136,9 +136,13 @@ def _admission(ask: Ask, site: Site) -> ClientCode | None:
         return refusal
     if ask.query.sampling_prob < 1 and unit_of(ask).max_clients > 1:
         return ClientCode.OUTSIDE_PLAN  # coins of several clients are not one coin; no price
-    if ask.placement is NoisePlacement.DISTRIBUTED and not site.sum_is_secure:
+    choice, shared = ask.query.choice, ask.placement is NoisePlacement.DISTRIBUTED
+    if shared and not site.sum_is_secure:
         return ClientCode.POLICY_REFUSED
-    choice = ask.query.choice
+    if shared and choice is None:
+        share = _share(ask, unit_of(ask).max_clients)
+        if not share_arrives(ask.query, stddev=share):
+            return ClientCode.POLICY_REFUSED  # the shares' sum would lack some of its noise
     if choice is not None and choice.where == "server" and ask.placement != NoisePlacement.CENTRAL:
         return ClientCode.POLICY_REFUSED  # noise that fits the sum's L2 norm would not cover it
     return site.odometer.witness(ask.population, ask.head)
@@ -240,12 +244,16 @@ def _noise_share(
     query: Query = ask.query
     if query.choice is not None and query.choice.where == "client":
         return chosen(total, query, max_clients=max_clients, stream=stream)
-    stddev = query.noise_multiplier * query.clip * max_clients
-    match ask.placement:
-        case NoisePlacement.CENTRAL:
-            return total
-        case NoisePlacement.LOCAL:
-            share = stddev
-        case NoisePlacement.DISTRIBUTED:
-            share = stddev / math.sqrt(ask.num_shares)
+    if ask.placement is NoisePlacement.CENTRAL:
+        return total
+    share = _share(ask, max_clients)
+    if ask.placement is NoisePlacement.DISTRIBUTED:
+        total = with_room(total, query, stddev=share)
     return noised(total, stddev=share, lattice=Lattice.of(query), stream=stream)
+
+
+def _share(ask: Ask, max_clients: int) -> float:
+    """Standard deviation of the noise that one client adds, where clients add it."""
+    stddev = ask.query.noise_multiplier * ask.query.clip * max_clients
+    shares = ask.num_shares if ask.placement is NoisePlacement.DISTRIBUTED else 1
+    return stddev / math.sqrt(shares)

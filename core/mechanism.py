@@ -23,6 +23,9 @@ _MISSHAPEN = (
     " numbers of cells in the order of users, with a finite height for each; make it by"
     " Contribution.rows or Contribution.cells"
 )
+_LEAST_SHARE = 2  # grains: a share of noise that is finer would not survive being rounded
+_FARTHEST = 9  # standard deviations, which no draw of noise reaches: see `lattice_noise`
+_MOST = 1 << 62  # in a cell, of whatever resolution
 _SHRINK = 1 - 1e-6  # keeps a clipped row inside the bound in spite of float32 rounding
 
 
@@ -96,6 +99,30 @@ def sent(total: NDArray[np.int64], query: Query) -> NDArray[np.integer]:
     most = np.iinfo(query.reply_dtype).max
     grains = (total + query.grain // 2) // query.grain
     return np.asarray(np.clip(grains, -most, most).astype(query.reply_dtype))
+
+
+def share_arrives(query: Query, *, stddev: float) -> bool:
+    """Whether one client's share of noise arrives whole: not too fine or too wide for a reply.
+
+    Shares of two grains or more, rounded each, add up to what their sum would be rounded with
+    noise of its own added, but for parts in 10^15: the Fourier transform of such a Gaussian is
+    exp(-2 pi^2) at the highest frequency that whole grains hold, in each of several shares.
+    """
+    steps = stddev / (Lattice.of(query).unit * query.grain)
+    return _LEAST_SHARE <= steps <= np.iinfo(query.reply_dtype).max / (2 * _FARTHEST)
+
+
+def with_room(total: NDArray[np.int64], query: Query, *, stddev: float) -> NDArray[np.int64]:
+    """A client's exact sum, no cell so near the most a reply holds that its noise would be cut off.
+
+    Privacy:
+      Holding cells at an end brings no two sums further apart. It is done before the noise of a
+      share is added: several shares are noise enough together only if each of them arrives whole,
+      and what `sent` held at an end would arrive without its noise.
+    """
+    room = math.ceil(_FARTHEST * stddev / (Lattice.of(query).unit * query.grain)) + 1
+    most = (int(np.iinfo(query.reply_dtype).max) - room) * query.grain
+    return np.clip(total, -min(most, _MOST), min(most, _MOST))
 
 
 def noised(

@@ -247,7 +247,7 @@ def reply_from_records(records: Mapping[str, Any], query: Query) -> Reply:
     total = _decode(arrays["total"], {dtype}, max_bytes=query.reply_bytes)
     if total.shape != (dim,):
         raise WireError(f"a reply of shape {total.shape} where ({dim},) was asked for")
-    if max(int(total.max()), -int(total.min())) > MAX_CELL:
+    if max(int(total.max()), -int(total.min())) > MAX_CELL // query.grain:
         raise WireError("a reply with a cell larger than any client's users could give")
     total = total.astype(np.int64) * query.grain
     choice = query.choice

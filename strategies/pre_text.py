@@ -130,18 +130,14 @@ class PreText(Strategy):
 
     def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
         """One Gaussian sum a round."""
-        if schema.text is None:
-            raise ConfigError(
-                "pre_text synthesizes texts, and the schema has no text column; for tables and"
-                " images take private_evolution"
-            )
+        self._check(schema)
         return self._votes.event(schema, noise_multiplier)
 
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
         """Draw a pool; ask for votes, keep survivors and vary them; expand all that survived."""
         from ..core.accounting import split
 
-        self.event(schema, noise_multiplier)
+        self._check(schema)
         label = label_of(schema, self.label)
         (noise, *_) = split(noise_multiplier, [1 / self.num_rounds] * self.num_rounds)
         breeder = self._breeder(Subject(schema, label))
@@ -200,6 +196,14 @@ class PreText(Strategy):
         """What the run asks of its model: pools for the votes, and the expansions."""
         voted = self._votes.workload(schema)
         return replace(voted, num_candidates=voted.num_candidates + self.num_expanded)
+
+    def _check(self, schema: Schema) -> None:
+        """Refuse a schema without texts."""
+        if schema.text is None:
+            raise ConfigError(
+                "pre_text synthesizes texts, and the schema has no text column; for tables and"
+                " images take private_evolution"
+            )
 
     def _breeder(self, subject: Subject) -> Breeder:
         """What writes candidates."""

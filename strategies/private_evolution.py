@@ -246,6 +246,7 @@ class PrivateEvolution(Strategy):
         from ..core.accounting import compose, single_event
 
         self._check(schema)
+        self._check_model(schema)
         return compose(single_event(noise) for noise in self._noises(schema, noise_multiplier))
 
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
@@ -384,8 +385,6 @@ class PrivateEvolution(Strategy):
             )
         if modality_of(schema) == "table" and len(schema.columns) == (label >= 0):
             raise ConfigError("the schema holds nothing but the label; set label = ''")
-        name, settings = self._model(schema)
-        build_model(name, settings).check(Subject(schema, label))
         embedder = self.embedder_for(schema)
         if embedder is not None and embedder.modality != modality_of(schema):
             raise ConfigError(
@@ -397,6 +396,11 @@ class PrivateEvolution(Strategy):
             )
         if self.lookahead and embedder is None:
             raise ConfigError("lookahead needs an embedder, whose embeddings have a mean")
+
+    def _check_model(self, schema: Schema) -> None:
+        """Refuse a model that cannot work: before a run, for a replay needs none of its files."""
+        name, settings = self._model(schema)
+        build_model(name, settings).check(Subject(schema, label_of(schema, self.label)))
 
     @property
     def describes(self) -> tuple[str, ...]:

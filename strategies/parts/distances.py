@@ -257,6 +257,7 @@ class Curve:
             and readings.ndim == 2
             and readings.shape[1] == 2
             and 1 <= len(readings) <= num_rounds
+            and bool((np.isnan(readings) | ((readings >= 0) & np.isfinite(readings))).all())
         ):
             raise ConfigError("a saved curve of distances that cannot be")
         return cls(held_out, num_rounds, readings)

@@ -59,12 +59,22 @@ class Pool(Synthesizer):
         return origin.astype(np.int64)
 
     def sample(self, num_records: int, rng: np.random.Generator) -> Records:
-        """Candidates, each as often as its weight says, give or take one; images vary."""
+        """Candidates, each as often as its weight says, give or take one; images vary.
+
+        Raises:
+          ConfigError: Images are to vary by a model that takes them from a file or elsewhere. No
+            run leaves it so; a saved pool that does would have its reader's files read.
+        """
         drawn = rng.permutation(rounded_cells(self.weights, num_records, rng))
         if self.candidates.images is None or not self.sample_degree:
             chosen = self.candidates.take(drawn)
             return Records(chosen.codes, chosen.images, texts=chosen.texts)
         model = build_model(self.model, self.model_settings)
+        if not model.capabilities().is_exact:
+            raise ConfigError(
+                f"a pool whose images are to vary by model {self.model!r}, which is not asked again"
+                " once a run is over; nothing was sampled"
+            )
         subject = Subject(self.schema, self.label)
         images = np.empty((num_records, *self.candidates.images.shape[1:]), dtype=np.uint8)
         for start in range(0, num_records, _SAMPLED_AT_ONCE):

@@ -11,6 +11,7 @@ linear algebra library nor on who else is in the block.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from .votes import RESOLUTION
 
 Form = Literal["prompt", "pool", "direction"]
 PROMPTS = "prompts"
+_CHUNK = 1 << 18  # of users' numbers that are held at a time
 _LEVELS = 1 << 15  # of a user's largest score: squares add up exactly in float64
 
 
@@ -71,7 +73,7 @@ def rows_of(query: Query, shard: BoundedShard, form: Form) -> NDArray[np.float64
     if form == "direction":
         if given or query.dim != written.shape[1]:
             raise ConfigError("a query for a direction comes with other arrays than it should")
-        return unit_rows(_sums(written, shard).astype(np.float64))
+        return np.concatenate([unit_rows(sums) for sums, _ in _users(written, shard, query.dim)])
     places, prompts = given.get(PLACES), given.get(PROMPTS)
     if places is None or prompts is None or len(given) != 2:
         raise ConfigError("a query for scores comes with other arrays than it should")
@@ -84,11 +86,13 @@ def rows_of(query: Query, shard: BoundedShard, form: Form) -> NDArray[np.float64
         and bool((np.einsum("nd,nd->n", places, places, dtype=np.int64) <= MOST_SQUARED).all())
     ):
         raise ConfigError("a query for scores comes with arrays that contradict each other")
-    counts = np.diff(shard.starts)[:, None]
-    products = _sums(written, shard).astype(np.float64) @ places.T.astype(np.float64)
-    cosines = np.rint(products / np.maximum(counts, 1))  # in steps of 1 / STEPS^2
+    responses = places.T.astype(np.float64)
     groups = np.zeros(query.dim, dtype=np.int64) if form == "pool" else prompts.astype(np.int64)
-    return standardized(cosines, groups)
+    rows = [
+        standardized(np.rint(sums @ responses / counts), groups)  # in steps of 1 / STEPS^2
+        for sums, counts in _users(written, shard, query.dim)
+    ]
+    return np.concatenate(rows)
 
 
 def standardized(scores: NDArray[np.float64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -186,8 +190,20 @@ def recovery(
     return float((exact[pairs[:, 0]] > exact[pairs[:, 1]]).mean())
 
 
-def _sums(places: NDArray[np.int16], shard: BoundedShard) -> NDArray[np.int64]:
-    """Sum of each user's embeddings, `(num_users, dim)`."""
-    if not shard.num_users:
-        return np.zeros((0, places.shape[1]), dtype=np.int64)
-    return np.add.reduceat(places, shard.starts[:-1], axis=0, dtype=np.int64)
+def _users(
+    places: NDArray[np.int16], shard: BoundedShard, dim: int
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+    """Sum of each user's embeddings, and of how many; so many users at a time as memory takes.
+
+    A block of users is measured by the length of their vectors, `dim`, which may be much shorter
+    than an embedding.
+    """
+    starts = shard.starts
+    step = max(1, _CHUNK // max(places.shape[1], dim))
+    for first in range(0, max(shard.num_users, 1), step):
+        own = starts[first : first + step + 1]
+        sums = np.zeros((len(own) - 1, places.shape[1]))
+        if len(sums):
+            records = places[own[0] : own[-1]]
+            sums[:] = np.add.reduceat(records, own[:-1] - own[0], axis=0, dtype=np.int64)
+        yield sums, np.diff(own)[:, None]

@@ -269,6 +269,7 @@ OTHERWISE: dict[str, Ask] = {
     "noise": ask_of(query=replace(QUERY, noise_multiplier=11.0)),
     "sampling": ask_of(query=replace(QUERY, sampling_prob=0.5)),
     "cells": ask_of(query=replace(QUERY, cells=True)),
+    "resolution": ask_of(query=replace(QUERY, resolution=12)),
     "an input more": ask_of(query=replace(QUERY, inputs=INPUTS)),
     "public seed": ask_of(public_seed=1),
     "shares": ask_of(num_shares=2),

@@ -4,7 +4,14 @@
 import numpy as np
 import pytest
 from fedsynth.core.errors import ConfigError
-from fedsynth.core.mechanism import Lattice, clipped_sum, noised, sent
+from fedsynth.core.mechanism import (
+    Lattice,
+    clipped_sum,
+    noised,
+    sent,
+    share_arrives,
+    with_room,
+)
 from fedsynth.core.query import Contribution, Query
 from fedsynth.core.randomness import OsKeyStream
 from hypothesis import given, settings
@@ -238,6 +245,46 @@ def test_what_does_not_fit_a_reply_stays_at_what_does_and_brings_no_two_sums_apa
     assert sent(other, q).dtype == np.int32
     assert (apart * q.grain <= np.abs(one - other)).all()
     assert sent(other, query(3)).tolist() == other.tolist()
+
+
+def shares_of(total, q, stddev):
+    """What clients with equal sums send, each with its share of noise, in the vectors' own unit."""
+    grid = Lattice.of(q)
+    held = with_room(total, q, stddev=stddev)
+    return sent(noised(held, stddev=stddev, lattice=grid, stream=OsKeyStream()), q) * (
+        grid.unit * q.grain
+    )
+
+
+@pytest.mark.parametrize("cell", [0, 2**31, -(2**40)])
+@pytest.mark.parametrize(("resolution", "stddev"), [(12, 0.01), (12, 30.0), (16, 2.0), (8, 1.0)])
+def test_a_share_of_noise_arrives_whole_also_where_a_cell_is_full(cell, resolution, stddev):
+    q = query(20_000, resolution=resolution)
+    total = np.full(20_000, cell * q.grain)
+
+    arrived = shares_of(total, q, stddev)
+
+    assert share_arrives(q, stddev=stddev)
+    assert arrived.std() == pytest.approx(stddev, rel=0.03)
+    assert arrived.std() != pytest.approx(stddev * 2 / 3, rel=0.03)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(-(2**50), 2**50), st.integers(-(2**50), 2**50), st.sampled_from([8, 12, 17, 22]))
+def test_making_room_for_noise_brings_no_two_sums_apart(one, other, resolution):
+    q = query(1, resolution=resolution)
+
+    held = [int(with_room(np.array([total]), q, stddev=3.0)[0]) for total in (one, other)]
+
+    assert abs(held[0] - held[1]) <= abs(one - other)
+
+
+def test_a_share_that_would_be_rounded_away_or_cut_off_does_not_arrive():
+    q = query(3, resolution=8)
+
+    assert [share_arrives(q, stddev=s) for s in (2**-7, 2**-8, 2.0**18, 2.0**19)] == [
+        *(True, False, True, False)
+    ]
 
 
 def test_a_noisy_sum_travels_rounded_to_the_nearest_grain():

@@ -120,6 +120,23 @@ def test_a_cell_that_could_make_a_sum_wrap_is_refused(value):
         reply_from_records(records, Query("q", 2, 1.0, 1.0))
 
 
+@pytest.mark.parametrize("resolution", [22, 21, 17, 16, 8])
+def test_no_cell_of_a_reply_is_larger_on_the_finest_grid_than_a_sum_may_hold(resolution):
+    query = Query("q", 2, 1.0, 1.0, resolution=resolution)
+    most = min(2**46 // query.grain, int(np.iinfo(query.reply_dtype).max))
+    largest, more = (
+        Reply("r", 1, 1, ClientCode.OK, np.array([-most - past, 0]).astype(query.reply_dtype))
+        for past in (0, 1)
+    )
+
+    got = reply_from_records(reply_to_records(largest), query)
+
+    assert np.abs(got.total).max() == most * query.grain <= 2**46
+    if query.reply_dtype == np.int64:
+        with pytest.raises(WireError, match="larger than any"):
+            reply_from_records(reply_to_records(more), query)
+
+
 @pytest.mark.parametrize("code", [c for c in ClientCode if c is not ClientCode.OK])
 def test_a_refusal_carries_its_code_and_no_array(code):
     records = reply_to_records(Reply("r", 1, 1, code))

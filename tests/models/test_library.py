@@ -9,6 +9,7 @@ from fedsynth.core.generation import Generation, Subject
 from fedsynth.core.schema import Column, ImageColumn, Schema
 from fedsynth.models import live
 from fedsynth.models.library import Library
+from fedsynth.strategies.parts.pool import Pool
 
 ORIGIN = "public: made up for this test"
 SHADE = Column("shade", "category", ORIGIN, categories=("dark", "light"))
@@ -152,3 +153,22 @@ def test_a_file_that_is_exchanged_is_read_again(path):
 
     assert level(before).max() > 50
     assert (after.images == 9).all()
+
+
+def test_a_saved_pool_that_names_a_library_does_not_have_the_file_read(path):
+    tensors = {
+        "codes": np.zeros((2, 1), dtype=np.int32),
+        "images": np.zeros((2, 8, 8, 1), dtype=np.uint8),
+        "weights": np.full(2, 0.5),
+        "lineage": np.zeros((0, 2), dtype=np.int32),
+        "extra.position": np.arange(2),
+    }
+    told = {"label": 0, "model": "library", "model_settings": {"path": path}}
+    still, moving = (
+        Pool.restore(SUBJECT.schema, told | {"sample_degree": degree}, tensors)
+        for degree in (0.0, 0.5)
+    )
+
+    assert not still.sample(5, rng()).images.any()
+    with pytest.raises(ConfigError, match="nothing was sampled"):
+        moving.sample(5, rng())

@@ -304,6 +304,7 @@ def test_a_saved_curve_comes_back_and_a_forged_one_does_not():
         ({"held_out": 2.0, "num_rounds": 5}, curve.readings),
         (curve.settings(), curve.readings[:, :1]),
         (curve.settings(), None),
+        *((curve.settings(), np.array([[1e-308, 0.0], [bad, 0.0]])) for bad in (-1e308, np.inf)),
     ):
         with pytest.raises(ConfigError):
             Curve.restore(settings, readings)

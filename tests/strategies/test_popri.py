@@ -2,6 +2,7 @@
 """Scores keep their bound and tell the order; who learns from them writes what is liked."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -63,6 +64,48 @@ def test_the_best_and_the_one_at_the_rank_make_a_pair_by_prompt():
 
     # prompt 0 by rank: 1, 2, 3, 0; prompt 1 has two responses only, prompt 2 but one
     assert found == [(1, 3), (4, 5)]
+
+
+def many_writers(num_users, dim):
+    """Users of one to three records each, which lie anywhere."""
+    rng = np.random.default_rng(2)
+    index = np.arange(num_users).repeat(rng.integers(1, 4, num_users))
+    places = whole(rng.normal(size=(len(index), dim)))
+    records = Records(np.zeros((len(index), 0), np.int32), places=places)
+    return BoundedShard(records, index, num_users, 3)
+
+
+def asked_of(form, shard, num_responses=4):
+    """A query about responses that are the shard's first records."""
+    places = shard.records.places[:num_responses]
+    prompts = np.arange(num_responses, dtype=np.int32) // 2
+    return scores.sheet(form, places, np.zeros(32, np.uint8), prompts, noise_multiplier=1.0)
+
+
+@pytest.mark.parametrize("form", ["prompt", "pool", "direction"])
+def test_scores_of_many_users_are_those_of_each(form, monkeypatch):
+    shard = many_writers(90, 64)
+    query = asked_of(form, shard)
+    each = np.concatenate([scores.rows_of(query, one, form) for one in shard.blocks(1)])
+
+    monkeypatch.setattr(scores, "_CHUNK", 7 * 64)
+    together = scores.rows_of(query, shard, form)
+
+    assert together.tobytes() == each.tobytes()
+    assert np.linalg.norm(together, axis=1) == pytest.approx(1.0)
+    assert scores.rows_of(query, shard.only(np.zeros(90, np.bool_)), form).shape == (0, query.dim)
+
+
+def test_few_scores_of_many_users_take_no_memory_by_the_length_of_embeddings():
+    shard = many_writers(40_000, 256)
+    query = asked_of("prompt", shard)
+
+    tracemalloc.start()
+    rows = scores.rows_of(query, shard, "prompt")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert most - rows.nbytes < shard.records.places.nbytes  # sums of all would be twice of that
 
 
 def test_scores_have_mean_zero_and_an_equal_part_of_length_one_for_each_prompt():

@@ -14,7 +14,7 @@ from fedsynth.core.config import parse_config
 from fedsynth.core.electorate import Electorate
 from fedsynth.core.embedding import whole
 from fedsynth.core.errors import ConfigError
-from fedsynth.core.generation import Subject
+from fedsynth.core.generation import Generation, Subject
 from fedsynth.core.query import NoisySum
 from fedsynth.core.randomness import OsKeyStream
 from fedsynth.core.records import BoundedShard, Records
@@ -28,6 +28,8 @@ from fedsynth.simulation.direct import direct_run, non_private, prior
 from fedsynth.simulation.dry_run import stand_in
 from fedsynth.simulation.run import run_local
 from fedsynth.strategies.parts.kmeans import centers_of
+from fedsynth.strategies.pre_text import PreText
+from fedsynth.strategies.private_evolution import PrivateEvolution
 from fedsynth.strategies.topics import TOPIC, Topics, resampled
 
 SUBJECTS = {
@@ -188,6 +190,19 @@ def test_a_table_and_a_missing_corpus_are_refused(corpus, tmp_path):
         by_clusters(corpus).event(small_table(), 1.0)
     with pytest.raises(ConfigError, match="there is none at"):
         by_clusters(tmp_path / "nowhere.jsonl").event(PLAIN, 1.0)
+
+
+@pytest.mark.parametrize("kind", [Topics, PrivateEvolution, PreText])
+def test_a_corpus_is_looked_for_before_a_run_and_not_when_one_is_replayed(kind, tmp_path):
+    gone = kind(
+        model="corpus", model_settings={"path": str(tmp_path / "gone")}, embedder="word_hashes"
+    )
+
+    request = next(gone.rounds(PLAIN, 1.0, np.random.default_rng(0)))
+
+    assert isinstance(request, Generation)  # which a replay answers by what was recorded
+    with pytest.raises(ConfigError, match="there is none at"):
+        gone.event(PLAIN, 1.0)
 
 
 def drawn(path: Path, num: int, schema=LABELED, label=-1) -> Candidates:
