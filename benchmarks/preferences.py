@@ -119,7 +119,7 @@ def main() -> int:
     """Measure all."""
     options = report.parser(__doc__)
     options.add_argument("--seeds", type=int, default=5, help="repetitions (default 5)")
-    options.add_argument("--policies", type=int, default=3, help="of those that learn (default 3)")
+    options.add_argument("--policies", type=int, default=5, help="of those that learn (default 5)")
     args = options.parse_args()
     figures = report.Report("preferences", args)
     if args.quick:
