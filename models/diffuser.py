@@ -63,14 +63,16 @@ class Diffuser(VariationModel):
             raise ConfigError(f"num_steps must be 1 to 1000, not {self.num_steps!r}")
 
     def check(self, subject: Subject) -> None:
-        """Refuse a schema without images and a model without a folder; reads none.
+        """Refuse a schema without images and a folder without a model; reads none of it.
 
         Raises:
-          ConfigError: There is no image column, or `path` is empty.
+          ConfigError: There is no image column, or a file of the model is missing.
         """
         super().check(subject)
         if not self.path:
             raise ConfigError("model 'diffuser' needs path, the folder of a diffusion model")
+        for name in _NEEDED:
+            _file(self.path, name)
 
     def capabilities(self) -> Capabilities:
         """Images, in this process; another processor may round in another way."""

@@ -39,8 +39,8 @@ class Library(VariationModel):
       path: An npz file with `images`, `(num_images, height, width)` or with channels behind, uint8
         and of the schema's shape; and, if they are labelled, `labels`, `(num_images,)`, whole
         numbers or texts, which are held against the names of the label's categories. Read at the
-        server only, when candidates are made: a client or a replay opens no file that settings
-        name.
+        server only, when a run is planned and candidates are made: a client or a replay opens no
+        file that settings name.
 
     Privacy:
       Nothing is spent, as the library is public. It must hold no record of a user.
@@ -55,14 +55,13 @@ class Library(VariationModel):
     name: ClassVar[str] = "library"
 
     def check(self, subject: Subject) -> None:
-        """Refuse a schema without images and a library without a file; reads none.
+        """Refuse a schema without images and a file that holds none of its shape.
 
         Raises:
-          ConfigError: There is no image column, or `path` is empty.
+          ConfigError: There is no image column, or no such file.
         """
         super().check(subject)
-        if not self.path:
-            raise ConfigError("model 'library' needs path, the npz file with public images")
+        self._shelf(subject)
 
     def capabilities(self) -> Capabilities:
         """Images, in this process; to be recorded, since others may not have the file."""
@@ -122,8 +121,13 @@ class Library(VariationModel):
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _shelf(self, subject: Subject) -> "_Shelf":
-        """The images, checked against the schema."""
-        self.check(subject)
+        """The images, checked against the schema.
+
+        Raises:
+          ConfigError: There is no file, or it holds no such images.
+        """
+        if not self.path:
+            raise ConfigError("model 'library' needs path, the npz file with public images")
         shelf, shape = _loaded(self.path), image_shape(subject.schema)
         if shelf.images.shape[1:] != shape:
             raise ConfigError(

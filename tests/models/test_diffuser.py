@@ -153,11 +153,11 @@ def test_weights_that_are_cut_or_another_networks_are_refused(folder, tmp_path, 
         Diffuser(str(other)).random(blank(), subject(), rng())
 
 
-def test_nothing_is_opened_to_check_a_schema(tmp_path):
-    Diffuser(str(tmp_path / "nowhere")).check(subject())
-
+def test_a_model_that_is_not_there_is_missed_before_a_run(tmp_path):
     with pytest.raises(ConfigError, match="needs path"):
         Diffuser().check(subject())
+    with pytest.raises(ConfigError, match="nowhere"):
+        Diffuser(str(tmp_path / "nowhere")).check(subject())
     with pytest.raises(ConfigError, match="nowhere"):
         Diffuser(str(tmp_path / "nowhere")).random(blank(), subject(), rng())
     with pytest.raises(ConfigError, match="num_steps must be 1 to 1000"):

@@ -89,9 +89,7 @@ def test_the_fingerprint_is_of_the_bytes(path, tmp_path):
     assert Library(path).fingerprint() != Library(other).fingerprint()
 
 
-def test_nothing_is_opened_to_check_a_schema(tmp_path):
-    Library(str(tmp_path / "nowhere.npz")).check(SUBJECT)
-
+def test_a_library_without_a_path_is_refused():
     with pytest.raises(ConfigError, match="needs path"):
         Library().check(SUBJECT)
 
@@ -99,7 +97,11 @@ def test_nothing_is_opened_to_check_a_schema(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     missing = Library(str(tmp_path / "nowhere.npz"))
 
-    for call in (lambda: missing.random(blank(), SUBJECT, rng()), missing.fingerprint):
+    for call in (
+        lambda: missing.check(SUBJECT),
+        lambda: missing.random(blank(), SUBJECT, rng()),
+        missing.fingerprint,
+    ):
         with pytest.raises(ConfigError, match=r"cannot open .*nowhere\.npz"):
             call()
 

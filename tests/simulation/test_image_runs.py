@@ -85,7 +85,7 @@ def test_a_release_of_a_librarys_images_replays_without_the_library(tmp_path):
     assert right_share(folder, 0) < 0.1 < 0.9 < right_share(folder, 1)
 
 
-def test_neither_a_plan_nor_a_client_opens_a_library(tmp_path, monkeypatch):
+def test_no_client_opens_a_library(tmp_path, monkeypatch):
     library = tmp_path / "public.npz"
     np.savez(library, images=bars(400, seed=2)[1])
     plan = planned(tmp_path, model="library", model_settings={"path": str(library)})
@@ -96,18 +96,17 @@ def test_neither_a_plan_nor_a_client_opens_a_library(tmp_path, monkeypatch):
         import inspect
 
         names = [frame.filename for frame in inspect.stack()]
-        opened.append([n for n in names if "/client/" in n or n.endswith("planned.py")])
+        opened.append([n for n in names if "/client/" in n])
         return real(self, subject)
 
     monkeypatch.setattr(Library, "_shelf", watched)
 
     run_local(plan, stream=OsKeyStream(), data=population())
 
-    assert opened == [[], [], []]
+    assert len(opened) >= 3
+    assert not any(opened)
 
 
-def test_a_library_that_is_not_there_ends_a_run_with_its_name(tmp_path):
-    plan = planned(tmp_path, model="library", model_settings={"path": str(tmp_path / "none.npz")})
-
+def test_a_library_that_is_not_there_is_missed_before_a_run(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot open .*none\.npz"):
-        run_local(plan, stream=OsKeyStream(), data=population())
+        planned(tmp_path, model="library", model_settings={"path": str(tmp_path / "none.npz")})
