@@ -70,8 +70,9 @@ PE_TEXT = """## Federated text
 `python benchmarks/pe_text.py --json FILE`: users of a chat room and roles in Shakespeare's plays, up to four texts each. SmolLM2-135M
 writes and varies, users vote by MiniLM's embeddings, and the model expands what survived (`pre_text`). `epsilon=inf` is exact
 votes, `epsilon=0` the same first pool without votes, expanded alike, `real` texts of other users. Accuracy: share of next tokens of users who
-took no part that a small model guesses, trained on other public text and then on 300 texts of the row; its interval and `p over users` are of a bootstrap over those users, `p over seeds` of a t-test over pools and models. Divergence: area
-under MAUVE's curve, of which `real` is the ceiling at that size. Lift is over `epsilon=0`. SmolLM2 has most likely read such texts before.
+took no part that a small model guesses, trained on other public text and then on 300 texts of the row; its interval and `p over users` are of
+a bootstrap over those users, `p over seeds` of a t-test over pools and models. Divergence: area under MAUVE's curve, higher for nearer, of which
+`real` is the ceiling at that size. Lift is over `epsilon=0`. SmolLM2 has most likely read such texts before.
 """
 
 DPDSYN = """## Task-guided
