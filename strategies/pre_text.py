@@ -13,20 +13,20 @@ from ..core.candidates import Candidates
 from ..core.electorate import Electorate
 from ..core.embedding import Embedder
 from ..core.errors import ConfigError
-from ..core.generation import Shown, Subject
+from ..core.generation import Shown
 from ..core.query import Contribution, NoisySum, Query, Steps, Strategy
 from ..core.records import BoundedShard
 from ..core.schema import Schema
 from ..models.workload import Workload
 from .parts.breeder import Breeder, without_places
 from .parts.expanded import Expanded
-from .parts.histograms import norm_clip
 from .parts.parents import Choosing
 from .parts.rounding import rounded_cells
 from .parts.seeds import Seeds, Voted
 from .parts.settings import check_range
 from .parts.signal import Prospect
-from .parts.votes import ballot, label_of, labels_of, warn_of_drowned
+from .parts.tally import Tally
+from .parts.votes import label_of, labels_of, warn_of_drowned
 from .private_evolution import PrivateEvolution, Vote
 
 if TYPE_CHECKING:
@@ -138,18 +138,18 @@ class PreText(Strategy):
         from ..core.accounting import split
 
         self._check(schema)
-        label = label_of(schema, self.label)
+        votes, label = self._votes, label_of(schema, self.label)
         (noise, *_) = split(noise_multiplier, [1 / self.num_rounds] * self.num_rounds)
-        breeder = self._breeder(Subject(schema, label))
+        breeder = votes.breeder_of(schema, label, None)
         choosing = Choosing("sample", 1, self.keep_parents, self.max_lineage)
-        blank = self._blank(schema, label)
-        pool = yield from breeder.asked("random", blank, 0.0, self._degree(0), rng)
+        blank = votes.blank(schema, label)
+        pool = yield from breeder.asked("random", blank, 0.0, votes.degree(0), rng)
         parents, origins = np.zeros(0, dtype=np.int64), np.arange(len(pool))
         heard: list[Voted] = []
         num_drowned = 0
         for number in range(self.num_rounds):
-            noisy: NoisySum = yield self._ballot(schema, label, pool, noise)
-            shares = None if noisy.is_void else self._votes.read(noisy)
+            noisy: NoisySum = yield votes.ballot_on(schema, label, pool, Tally(len(pool)), noise)
+            shares = None if noisy.is_void else votes.read(noisy)
             num_drowned += shares is None and not noisy.is_void
             if shares is None:  # nothing was learned: ask about the same pool
                 continue
@@ -160,7 +160,7 @@ class PreText(Strategy):
             kept, varied = choosing.parents(shares, groups, origins, rng)
             parents = np.concatenate([kept, varied])
             offspring = yield from breeder.asked(
-                "vary", pool.take(varied), self._degree(number), self._degree(number + 1), rng
+                "vary", pool.take(varied), votes.degree(number), votes.degree(number + 1), rng
             )
             pool, origins = Candidates.joined([pool.take(kept), offspring]), origins[parents]
         warn_of_drowned(num_drowned, self.num_rounds, len(pool))
@@ -204,43 +204,6 @@ class PreText(Strategy):
                 "pre_text synthesizes texts, and the schema has no text column; for tables and"
                 " images take private_evolution"
             )
-
-    def _breeder(self, subject: Subject) -> Breeder:
-        """What writes candidates."""
-        embedder = self.embedder_for(subject.schema)
-        return Breeder.of(
-            subject,
-            None,
-            model=self.model,
-            settings=self.model_settings,
-            embedder="" if embedder is None else self.embedder or embedder.name,
-            embedder_settings=self.embedder_settings,
-            lookahead=self.lookahead,
-        )
-
-    def _blank(self, schema: Schema, label: int) -> Candidates:
-        """Candidates without texts, dealt out evenly among labels."""
-        codes = np.zeros((self.num_candidates, len(schema.columns)), dtype=np.int32)
-        if label >= 0:
-            codes[:, label] = np.sort(np.arange(self.num_candidates) % schema.shape[label])
-        return Candidates(codes)
-
-    def _ballot(self, schema: Schema, label: int, pool: Candidates, noise: float) -> Query:
-        """The query for votes on a pool."""
-        is_linear = self.vote in ("l2_clip", "one_record")
-        return ballot(
-            schema,
-            label,
-            pool,
-            clip=norm_clip(np.ones(self.num_votes), self.max_norm) if is_linear else 1.0,
-            noise_multiplier=noise,
-            cells=is_linear,
-        )
-
-    def _degree(self, number: int) -> float:
-        """How far the offspring of a round vary."""
-        passed = number / max(1, self.num_rounds - 2)
-        return float(self.degree_first * (self.degree_last / self.degree_first) ** passed)
 
     def _expanded(self, seeds: Seeds, breeder: Breeder, rng: np.random.Generator) -> Steps:
         """Seeds, and what the model writes after them."""

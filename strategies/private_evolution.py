@@ -259,9 +259,9 @@ class PrivateEvolution(Strategy):
             marginals = _marginals(schema)
             asked = marginals.query("marginals", noise_multiplier=noises[0], max_norm=self.max_norm)
             shares = _shares(marginals, (yield asked))
-        breeder = self._breeder(schema, label, shares)
-        blank = self._blank(schema, label)
-        pool = yield from breeder.asked("random", blank, 0.0, self._degree(0), rng)
+        breeder = self.breeder_of(schema, label, shares)
+        blank = self.blank(schema, label)
+        pool = yield from breeder.asked("random", blank, 0.0, self.degree(0), rng)
         weights = np.full(len(pool), 1 / len(pool))
         lineage: list[NDArray[np.int64]] = []
         origins = families = np.arange(len(pool))
@@ -272,7 +272,7 @@ class PrivateEvolution(Strategy):
         for number in range(self.num_rounds):
             groups = labels_of(pool.codes, label)
             tally = self._tally(schema, label, pool, groups)
-            asked = self._ballot(schema, label, pool, tally, noises[-1])
+            asked = self.ballot_on(schema, label, pool, tally, noises[-1])
             if self.held_out:
                 ruler = ruler_of(asked, self.category_weight) if ruler is None else ruler
                 asked = with_ruler(asked, ruler)
@@ -292,7 +292,7 @@ class PrivateEvolution(Strategy):
                 lineage.append(np.arange(len(pool)))
                 continue
             kept, varied = self._choosing.parents(weights, groups, origins, rng)
-            degree, next_degree = self._degree(number), self._degree(number + 1)
+            degree, next_degree = self.degree(number), self.degree(number + 1)
             offspring = yield from breeder.asked(
                 "vary", pool.take(varied), degree, next_degree, rng
             )
@@ -434,7 +434,7 @@ class PrivateEvolution(Strategy):
         share = (1 - sum(grounding)) / self.num_rounds
         return split(noise_multiplier, grounding + [share] * self.num_rounds)
 
-    def _breeder(
+    def breeder_of(
         self, schema: Schema, label: int, shares: Sequence[NDArray[np.float64]] | None
     ) -> Breeder:
         """What proposes and varies candidates."""
@@ -530,7 +530,7 @@ class PrivateEvolution(Strategy):
         clusters = clusters_of(features, groups, self.num_clusters)
         return Tally(len(pool), clusters, self.cluster_share)
 
-    def _ballot(
+    def ballot_on(
         self, schema: Schema, label: int, pool: Candidates, tally: Tally, noise: float
     ) -> Query:
         """The query for votes on a pool."""
@@ -569,7 +569,7 @@ class PrivateEvolution(Strategy):
         total = float(above.sum())
         return above / total if total > 0 else None
 
-    def _blank(self, schema: Schema, label: int) -> Candidates:
+    def blank(self, schema: Schema, label: int) -> Candidates:
         """Candidates with a label, as many of each as it has a share, and nothing else."""
         codes = np.zeros((self.num_candidates, len(schema.columns)), dtype=np.int32)
         if label >= 0:
@@ -594,7 +594,7 @@ class PrivateEvolution(Strategy):
             scaled[members] = share * fit
         return np.asarray(scaled / scaled.sum())
 
-    def _degree(self, number: int) -> float:
+    def degree(self, number: int) -> float:
         """How far the offspring of a round vary."""
         passed = number / max(1, self.num_rounds - 2)
         return float(self.degree_first * (self.degree_last / self.degree_first) ** passed)

@@ -53,7 +53,7 @@ class ByLabel(PrivateEvolution):
     def rounds(self, schema, noise_multiplier, rng):
         """The same pool in every round, as if nothing were learned."""
         label, noise = label_of(schema, self.label), self._noises(schema, noise_multiplier)[-1]
-        pool = self._blank(schema, label)
+        pool = self.blank(schema, label)
         pool.codes[:, 1:] = rng.integers(0, 64, (len(pool), 2))
         for _ in range(self.num_rounds):
             for of in range(10):
