@@ -31,8 +31,8 @@ from fedsynth.client.placing import placed
 from fedsynth.core import accounting
 from fedsynth.core.answering import answered
 from fedsynth.core.candidates import Candidates
-from fedsynth.core.embedding import EMBEDDER, Embedder, whole
-from fedsynth.core.generation import PLACES, Generation
+from fedsynth.core.embedding import Embedder, whole
+from fedsynth.core.generation import Generation
 from fedsynth.core.mechanism import Lattice, clipped_sum, noised, real_sum
 from fedsynth.core.privacy import Budget
 from fedsynth.core.query import NoisySum, Query, Strategy
@@ -41,7 +41,7 @@ from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Schema, TextColumn
 from fedsynth.core.texts import as_texts
 from fedsynth.models.frechet import mauve_like, real_against_real
-from fedsynth.models.live import make
+from fedsynth.models.live import make, with_places
 from fedsynth.models.registry import build_embedder
 from fedsynth.strategies.parts import scores
 from fedsynth.strategies.parts.pool import Pool
@@ -323,9 +323,7 @@ class _Source:
         new = [text for text in made.texts if text not in self._features]
         self._features.update(zip(new, self._embedder.embed(new), strict=True))
         places = whole(np.stack([self._features[text] for text in made.texts]))
-        fingerprint = np.frombuffer(bytes.fromhex(self._embedder.fingerprint()), dtype=np.uint8)
-        by = np.tile(fingerprint, (len(made), 1))
-        return replace(made, extras={**made.extras, PLACES: places, EMBEDDER: by})
+        return with_places(made, places, self._embedder)
 
 
 def _run(

@@ -30,9 +30,8 @@ from fedsynth.client.shard import Shard
 from fedsynth.core import accounting
 from fedsynth.core.candidates import Candidates
 from fedsynth.core.electorate import Electorate
-from fedsynth.core.embedding import EMBEDDER, whole
+from fedsynth.core.embedding import whole
 from fedsynth.core.errors import ClientCode
-from fedsynth.core.generation import PLACES
 from fedsynth.core.mechanism import Lattice, clipped_sum, noised, sent
 from fedsynth.core.privacy import Budget, User
 from fedsynth.core.query import NoisySum, Query
@@ -41,6 +40,7 @@ from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import ImageColumn, Schema, TextColumn
 from fedsynth.core.texts import as_texts
 from fedsynth.core.wire import Reply, reply_to_records
+from fedsynth.models.live import with_places
 from fedsynth.models.registry import build_embedder
 from fedsynth.strategies.parts.nearest import Finder, TableMetric
 from fedsynth.strategies.parts.votes import ballot
@@ -177,12 +177,8 @@ def _chatters(path: Path) -> Case:
     embedder = build_embedder("minilm", {})
     others, users = chosen[: max(POOLS)], chosen[max(POOLS) :]
     seen = as_texts(messages[user][0] for user in others)
-    fingerprint = np.frombuffer(bytes.fromhex(embedder.fingerprint()), dtype=np.uint8)
-    extras = {
-        PLACES: whole(embedder.embed(seen.tolist())),
-        EMBEDDER: np.tile(fingerprint, (len(seen), 1)),
-    }
-    pool = Candidates(np.zeros((len(seen), 0), dtype=np.int32), texts=seen, extras=extras)
+    unplaced = Candidates(np.zeros((len(seen), 0), dtype=np.int32), texts=seen)
+    pool = with_places(unplaced, whole(embedder.embed(seen.tolist())), embedder)
 
     def shard(chosen: list[str]) -> BoundedShard:
         texts = as_texts(text for user in chosen for text in messages[user])

@@ -19,6 +19,12 @@ from .errors import ConfigError
 from .schema import Schema
 
 PLACES = "places"
+
+PROMPTS = "prompts"
+"""Extra of candidates that answer prompts: which of a brief's prompts each answers."""
+
+Lesson = tuple[int, str, str]
+"""A prompt's number, the reply that was preferred, and the one that was not."""
 Task = Literal["random", "vary", "expand"]
 
 

@@ -47,10 +47,22 @@ def make(request: Generation, folder: Path | None = None) -> Candidates:
     if not request.embedder:
         return made
     embedder = build_embedder(request.embedder, json.loads(request.embedder_settings))
-    places = _places(embedder, request, model, made, rng)
+    return with_places(made, _places(embedder, request, model, made, rng), embedder)
+
+
+def with_places(
+    candidates: Candidates, places: NDArray[np.int16], embedder: Embedder
+) -> Candidates:
+    """Candidates with where they stand, and with the fingerprint of what placed them.
+
+    Args:
+      candidates: The candidates.
+      places: In whole steps, `(num_candidates, dim)`.
+      embedder: What placed them.
+    """
     fingerprint = np.frombuffer(bytes.fromhex(embedder.fingerprint()), dtype=np.uint8)
-    by = np.tile(fingerprint, (len(made), 1))
-    return replace(made, extras={**made.extras, PLACES: places, EMBEDDER: by})
+    by = np.tile(fingerprint, (len(candidates), 1))
+    return replace(candidates, extras={**candidates.extras, PLACES: places, EMBEDDER: by})
 
 
 def _places(

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.candidates import Candidates
 from ..core.errors import ConfigError
-from ..core.generation import Subject
+from ..core.generation import PROMPTS, Lesson, Subject
 from ..core.open_codes import cut_text
 from ..core.texts import as_texts
 from .language import MAX_SEED, Prompt
@@ -28,10 +28,6 @@ from .tuning import Adapter, Pair, Pupil, Tuning, pupil_of
 from .variation import Capabilities, Estimate, VariationModel
 from .writer import TONES, Brief
 
-Lesson = tuple[int, str, str]
-"""A prompt's number, the reply that was preferred, and the one that was not."""
-
-_PROMPTS = "prompts"
 _VERSION = 1  # of the prompts and of how lessons are taught
 _TOKENS_A_WORD = 2
 _TAUGHT_A_CPU_S = 60  # tokens of lessons, of a model of SmolLM2's size
@@ -135,7 +131,7 @@ class Policy(VariationModel):
 
     def random(self, blank: Candidates, subject: Subject, rng: np.random.Generator) -> Candidates:
         """A reply each."""
-        prompts = blank.extras.get(_PROMPTS, np.arange(len(blank)))
+        prompts = blank.extras.get(PROMPTS, np.arange(len(blank)))
         texts = as_texts([""] * len(blank))
         pupil = self._taught()
         numbers = np.unique(prompts)

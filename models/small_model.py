@@ -8,7 +8,6 @@ guesses the next token of real texts that it has not seen says how good the corp
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import ConfigError, DataError
-from .one_core import one_core, torch_for
+from .one_core import one_core
 
 _START, _END = 0, 1
 _MARKS = ("<start>", "<end>")
@@ -194,7 +193,7 @@ def fine_tune(
     model = base or _new(texts, shape or Shape(), rng)
     order = rng.permutation(len(texts))
     rows = model.encoded([texts[i] for i in order])
-    with _training() as torch:
+    with one_core(_NAME, learns=True) as torch:
         network = _network(torch, model)
         trained = [weight.requires_grad_() for weight in network.values()]
         optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01)
@@ -309,18 +308,6 @@ def _batches(
         starts = np.arange(0, len(chunk), _BATCH)
         for first in rng.permutation(starts).tolist():
             yield [rows[i] for i in chunk[first : first + _BATCH]]
-
-
-@contextmanager
-def _training() -> Iterator[Any]:
-    """Torch on one thread, so that sums are formed in the same order each time."""
-    torch = torch_for(_NAME)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield torch
-    finally:
-        torch.set_num_threads(before)
 
 
 def _tokenizers() -> Any:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..core.candidates import Candidates
 from ..core.embedding import Embedder
 from ..core.errors import ConfigError
-from ..core.generation import Subject
+from ..core.generation import Lesson, Subject
 from ..core.texts import as_texts
 from .variation import Capabilities, VariationModel
 
@@ -48,7 +48,7 @@ class Words(VariationModel):
 
     words: tuple[str, ...] = tuple(_COMMON.split())
     max_words: int = 12
-    lessons: tuple[tuple[int, str, str], ...] = ()
+    lessons: tuple[Lesson, ...] = ()
     name: ClassVar[str] = "words"
 
     def __post_init__(self) -> None:

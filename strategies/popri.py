@@ -15,7 +15,7 @@ from ..core.candidates import Candidates
 from ..core.electorate import Electorate
 from ..core.embedding import EMBEDDER, Embedder
 from ..core.errors import ConfigError
-from ..core.generation import PLACES, Generation, Subject
+from ..core.generation import PLACES, PROMPTS, Generation, Lesson, Subject
 from ..core.query import Contribution, NoisySum, Query, Steps, Strategy
 from ..core.records import BoundedShard
 from ..core.schema import Schema
@@ -24,7 +24,6 @@ from ..models.workload import Workload
 from .parts.breeder import without_places
 from .parts.pool import Pool
 from .parts.scores import (
-    PROMPTS,
     Form,
     degrees,
     is_clear,
@@ -38,9 +37,6 @@ from .parts.simplex import CLEAR
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
-
-Lesson = tuple[int, str, str]
-"""A prompt's number, the response that was preferred, and the one that was not."""
 
 _LESSONS = "lessons"
 _log = logging.getLogger(__name__)

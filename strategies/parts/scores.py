@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 
 from ...core.embedding import EMBEDDER, MOST_SQUARED, STEPS
 from ...core.errors import ConfigError
-from ...core.generation import PLACES
+from ...core.generation import PLACES, PROMPTS
 from ...core.query import NoisySum, Query
 from ...core.records import BoundedShard
 from .simplex import CLEAR
 from .votes import RESOLUTION
 
 Form = Literal["prompt", "pool", "direction"]
-PROMPTS = "prompts"
 _CHUNK = 1 << 18  # of users' numbers that are held at a time
 _LEVELS = 1 << 15  # of a user's largest score: squares add up exactly in float64
 
