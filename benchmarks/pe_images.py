@@ -16,8 +16,8 @@ bound is `real`: as many records of the 539 writers themselves.
     python benchmarks/pe_images.py --quick                   scikit-learn's digits, seconds
 
 Runs are kept in FILE.runs.jsonl, and a benchmark that was cut goes on where it was. Settings were
-chosen on seeds of their own, by 100 of the 539 writers who had no vote then; thirteen runs before
-that looked at the other writers.
+chosen on seeds of their own, by 100 of the 539 writers who had no vote then; about nineteen runs
+before that looked at the other writers.
 """
 
 import report  # isort: skip  (first: it holds numpy and torch to one thread)

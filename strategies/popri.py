@@ -19,9 +19,9 @@ from ..core.generation import PLACES, PROMPTS, Generation, Lesson, Subject
 from ..core.query import Contribution, NoisySum, Query, Steps, Strategy
 from ..core.records import BoundedShard
 from ..core.schema import Schema
-from ..models.registry import build_embedder, build_model, canonical
+from ..models.registry import build_embedder, build_model
 from ..models.workload import Workload
-from .parts.breeder import without_places
+from .parts.breeder import proposed, without_places
 from .parts.pool import Pool
 from .parts.scores import (
     Form,
@@ -226,16 +226,14 @@ class Popri(Strategy):
     ) -> Generation:
         """A response to each of some prompts, of the model that has had some lessons."""
         blank = Candidates(np.zeros((len(prompts), 0), dtype=np.int32), extras={PROMPTS: prompts})
-        return Generation(
-            model=self.model,
-            settings=canonical(self.model_settings | {_LESSONS: lessons}),
-            task="random",
-            candidates=blank,
-            degree=0.0,
-            subject=Subject(schema),
-            seed=int(rng.integers(1 << 62)),
+        return proposed(
+            self.model,
+            self.model_settings | {_LESSONS: lessons},
+            blank,
+            Subject(schema),
+            rng,
             embedder=self.embedder if is_placed else "",
-            embedder_settings=canonical(self.embedder_settings) if is_placed else "{}",
+            embedder_settings=self.embedder_settings if is_placed else None,
         )
 
     def _lessons(

@@ -19,8 +19,8 @@ from ..core.generation import PLACES, Generation, Subject
 from ..core.query import MAX_DIM, Contribution, NoisySum, Query, Steps, Strategy
 from ..core.records import BoundedShard
 from ..core.schema import Schema
-from ..models.registry import build_embedder, build_model, canonical
-from .parts.breeder import without_places
+from ..models.registry import build_embedder, build_model
+from .parts.breeder import proposed, without_places
 from .parts.histograms import norm_clip
 from .parts.kmeans import centers_of
 from .parts.nearest import Finder, TableMetric
@@ -203,17 +203,14 @@ class Topics(Strategy):
     def _request(self, schema: Schema, rng: np.random.Generator) -> Generation:
         """Texts of the corpus."""
         codes = np.zeros((self.num_candidates, len(schema.columns)), dtype=np.int32)
-        is_placed = not self.label
-        return Generation(
-            model=self.model,
-            settings=canonical(self.model_settings),
-            task="random",
-            candidates=Candidates(codes),
-            degree=0.0,
-            subject=Subject(schema),
-            seed=int(rng.integers(1 << 62)),
-            embedder=self.embedder if is_placed else "",
-            embedder_settings=canonical(self.embedder_settings) if is_placed else "{}",
+        return proposed(
+            self.model,
+            self.model_settings,
+            Candidates(codes),
+            Subject(schema),
+            rng,
+            embedder="" if self.label else self.embedder,
+            embedder_settings=None if self.label else self.embedder_settings,
         )
 
 

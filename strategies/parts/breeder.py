@@ -131,6 +131,40 @@ class Breeder:
         return made
 
 
+def proposed(
+    model: str,
+    settings: Mapping[str, Any],
+    blank: Candidates,
+    subject: Subject,
+    rng: np.random.Generator,
+    *,
+    embedder: str = "",
+    embedder_settings: Mapping[str, Any] | None = None,
+) -> Generation:
+    """The request that a model fill candidates in from nothing.
+
+    Args:
+      model: Its name.
+      settings: Its settings.
+      blank: As many candidates as are wanted.
+      subject: What they are of.
+      rng: Public randomness.
+      embedder: Name of what places them; empty: nothing does.
+      embedder_settings: Its settings.
+    """
+    return Generation(
+        model=model,
+        settings=canonical(settings),
+        task="random",
+        candidates=blank,
+        degree=0.0,
+        subject=subject,
+        seed=int(rng.integers(1 << 62)),
+        embedder=embedder,
+        embedder_settings=canonical(embedder_settings or {}),
+    )
+
+
 def modality_of(schema: Schema) -> Modality:
     """What a public model is to make of the records."""
     if schema.image is not None:
