@@ -3,7 +3,6 @@
 
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,21 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-FOLDER = str(Path(__file__).resolve().parent.parent / "benchmarks")
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-
 
 @pytest.fixture(scope="module")
-def tabular():
-    before = {name: os.environ.get(name) for name in THREADS}
-    sys.path.insert(0, FOLDER)
-    yield importlib.import_module("tabular")
-    sys.path.remove(FOLDER)
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+def tabular(benchmark_of):
+    return benchmark_of("tabular")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +98,7 @@ def test_what_a_policy_came_to_is_measured_once_even_where_a_line_was_cut(tabula
 
 
 def test_figures_become_a_page_and_a_picture(tmp_path):
-    docs = Path(FOLDER).parent / "docs"
+    docs = Path(__file__).resolve().parent.parent / "docs"
     cases = {
         "mean-of-2-tables marginals epsilon=1": {"2-way TVD": 0.03},
         "mean-of-2-tables marginals epsilon=4": {"2-way TVD": 0.02},

@@ -1,31 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The baselines of benchmarks/pe_images.py hold nothing of what users voted for."""
 
-import importlib
-import os
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from fedsynth.strategies.private_evolution import PrivateEvolution
 
-FOLDER = str(Path(__file__).resolve().parent.parent / "benchmarks")
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 SETTINGS = {"model": "digits", "num_candidates": 60, "num_rounds": 3, "vote": "l2_normalize"}
 
 
 @pytest.fixture(scope="module")
-def bench():
-    before = {name: os.environ.get(name) for name in THREADS}
-    sys.path.insert(0, FOLDER)
-    yield importlib.import_module("pe_images")
-    sys.path.remove(FOLDER)
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+def bench(benchmark_of):
+    return benchmark_of("pe_images")
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmark of federated text concludes from its figures."""
 
-import importlib
-import os
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-FOLDER = str(Path(__file__).resolve().parent.parent / "benchmarks")
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-
 
 @pytest.fixture(scope="module")
-def pe_text():
-    before = {name: os.environ.get(name) for name in THREADS}
-    sys.path.insert(0, FOLDER)
-    yield importlib.import_module("pe_text")
-    sys.path.remove(FOLDER)
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+def pe_text(benchmark_of):
+    return benchmark_of("pe_text")
 
 
 def run(right, seed=0, num_judges=200, tokens=60):
