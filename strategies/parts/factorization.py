@@ -176,8 +176,9 @@ class Decoder:
     """Takes encoded noisy sums, round by round, and gives back the rounds' own.
 
     A void round counts as a sum of zeros: nothing is known of it. What clients hold of that round
-    arrives later and bit by bit, as part of the rounds that encode it. The same holds for a client
-    that missed rounds. No decoded round is ever more than a function of noisy sums.
+    arrives bit by bit with the rounds that encode it, in the long run all but the share c_0 / (sum
+    of all c_j). A client that falls silent is unlearned in the same way: later rounds take back
+    what they suppose that it still echoes.
 
     Args:
       coefficients: Those that the clients encode by, in whole steps.

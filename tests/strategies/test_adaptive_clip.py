@@ -139,7 +139,7 @@ def flowers_clip(first, *, num_rounds, num_users):
     from flwr.serverapp.strategy import DifferentialPrivacyServerSideAdaptiveClipping, FedAvg
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    np.random.seed(0)  # its noise comes from there
+    np.random.seed(0)  # noqa: NPY002  (its noise comes from there)
     strategy = DifferentialPrivacyServerSideAdaptiveClipping(
         FedAvg(), 1.0, num_users, initial_clipping_norm=first, target_clipped_quantile=0.5
     )
