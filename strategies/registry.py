@@ -48,7 +48,7 @@ SYNTHESIZERS = {
     "pool": "strategies.parts.pool:Pool",
     "expanded": "strategies.parts.expanded:Expanded",
     "network": "strategies.parts.generator:Network",
-    "autoencoder": "strategies.dp_fedavg:Autoencoder",
+    "autoencoder": "strategies.parts.autoencoder:Autoencoder",
     "guided": "strategies.dpdsyn:Guided",
 }
 

@@ -14,17 +14,18 @@ from fedsynth.core.mechanism import Lattice
 from fedsynth.core.query import NoisySum, Query
 from fedsynth.core.records import BoundedShard, Records
 from fedsynth.simulation.check import joined, made_up, small_images, small_table
-from fedsynth.strategies.dp_fedavg import Autoencoder, DpFedAvg
-from fedsynth.strategies.parts.autoencoder import LocalTraining, Net, updates
+from fedsynth.strategies.dp_fedavg import DpFedAvg
+from fedsynth.strategies.parts.autoencoder import Autoencoder, Net
+from fedsynth.strategies.parts.local_training import LocalTraining, places, updates
 
 torch = pytest.importorskip("torch")
 
-ONE_STEP = LocalTraining(steps=1, lr=0.1, kl_weight=0.7)
-THREE_STEPS = LocalTraining(steps=3, lr=0.02, kl_weight=0.7)
-TABLE = Net("mlp", (3, 4, 2), None, 6, 2)
-DENSE = Net("mlp", (3,), (8, 8, 1), 16, 3)
-CONVOLUTIONAL = Net("cnn", (3,), (8, 8, 1), 16, 3)
-LARGE = Net("mlp", (10,), (28, 28, 1), 61, 8)  # 99k weights
+ONE_STEP = LocalTraining(steps=1, lr=0.1)
+THREE_STEPS = LocalTraining(steps=3, lr=0.02)
+TABLE = Net("mlp", (3, 4, 2), None, 6, 2, 0.7)
+DENSE = Net("mlp", (3,), (8, 8, 1), 16, 3, 0.7)
+CONVOLUTIONAL = Net("cnn", (3,), (8, 8, 1), 16, 3, 0.7)
+LARGE = Net("mlp", (10,), (28, 28, 1), 61, 8, 0.7)  # 99k weights
 NETS = pytest.mark.parametrize("net", [TABLE, DENSE, CONVOLUTIONAL], ids=["table", "mlp", "cnn"])
 TRAININGS = pytest.mark.parametrize("training", [ONE_STEP, THREE_STEPS], ids=["1", "3"])
 
@@ -154,14 +155,15 @@ class HandWritten(torch.nn.Module):
 
 def hand_written_update(net, weights, records, training, seed):
     """A user's change of the weights by `torch.optim.SGD`."""
-    places = [np.random.default_rng([seed, place]) for place in range(len(records))]
-    noise = [rng.standard_normal((training.steps, net.latent)) for rng in places]
-    noise = torch.from_numpy(np.stack(noise, axis=1).astype(np.float32))
+    noise = [net.chance(np.random.default_rng([seed, 1, step]), len(records))[0]
+             for step in range(training.steps)]  # fmt: skip
+    noise = torch.from_numpy(np.array(noise))
+    taken = places(len(records), training, seed=seed)
     model = HandWritten(net, weights)
     optimizer = torch.optim.SGD(model.parameters(), lr=training.lr)
     for step in range(training.steps):
         optimizer.zero_grad()
-        model.loss(records, noise[step], training.kl_weight).backward()
+        model.loss(records.take(taken[step]), noise[step][taken[step]], net.kl_weight).backward()
         optimizer.step()
     return model.flat(lambda parameter: parameter) - weights
 

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as training sees it: one flat vector of weights goes in, the loss of each record out."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.errors import ConfigError
+from ...core.records import Records
+from ...core.schema import Schema
+from ...core.synthesizer import Synthesizer
+
+_MOST_SIDE = 1 << 14  # of an image, in pixels or channels
+_MOST_CELLS = 1 << 31  # of a column
+
+
+@dataclass(frozen=True)
+class RecordShape:
+    """What is publicly known of records: all that a client needs to build the model again.
+
+    Attributes:
+      cells: Cells of each table column.
+      image: `(height, width, channels)`, or `None` without an image column.
+    """
+
+    cells: tuple[int, ...]
+    image: tuple[int, int, int] | None
+
+    @classmethod
+    def of(cls, schema: Schema) -> Self:
+        """The shape of a schema's records."""
+        return cls(schema.shape, schema.image.shape if schema.image else None)
+
+    @classmethod
+    def from_inputs(cls, inputs: Mapping[str, NDArray[Any]]) -> Self:
+        """The shape that a query's inputs describe.
+
+        Raises:
+          ConfigError: They describe none.
+        """
+        cells, image = inputs.get("cells"), inputs.get("image")
+        if (
+            cells is None
+            or image is None
+            or cells.ndim != 1
+            or image.shape not in ((0,), (3,))
+            or cells.dtype.kind not in "iu"
+            or image.dtype.kind not in "iu"
+            or not ((cells >= 1) & (cells < _MOST_CELLS)).all()
+            or not ((image >= 1) & (image <= _MOST_SIDE)).all()
+        ):
+            raise ConfigError("the request does not describe records of any schema")
+        sides = tuple(int(side) for side in image)
+        return cls(
+            tuple(int(size) for size in cells),
+            (sides[0], sides[1], sides[2]) if sides else None,
+        )
+
+    def inputs(self) -> dict[str, NDArray[np.int64]]:
+        """As a query's inputs."""
+        return {
+            "cells": np.array(self.cells, dtype=np.int64),
+            "image": np.array(self.image or (), dtype=np.int64),
+        }
+
+    def check(self, records: Records) -> None:
+        """Refuse records of another shape.
+
+        Raises:
+          ConfigError: A record has other columns, a cell out of range or an image of another size.
+        """
+        codes, images = records.codes, records.images
+        if codes.shape[1:] != (len(self.cells),):
+            raise ConfigError("records with other columns than the request describes")
+        if ((codes < 0) | (codes >= np.array(self.cells, dtype=np.int64))).any():
+            raise ConfigError("a record outside the schema")
+        if self.image is not None and (images is None or images.shape[1:] != self.image):
+            raise ConfigError("images of another size than the request describes")
+
+
+class Trainable(ABC):
+    """A model that users can train by gradient steps of their own.
+
+    Weights are one float32 vector, in the order of `shapes`. It holds every parameter and every
+    floating-point buffer that training changes, so that what is clipped is all that is released.
+
+    Privacy:
+      A record's loss may depend on that record alone, its `chance` and the weights: on no other
+      record, of the same user or of another. Layers that mix records, as batch normalization
+      does, are not allowed.
+    """
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each weight by its name, in the order of the flat vector."""
+
+    @abstractmethod
+    def initial(self, rng: np.random.Generator) -> NDArray[np.float32]:
+        """Where training starts, `(num_weights,)`: random, or learned from public data."""
+
+    @abstractmethod
+    def read(self, torch: Any, records: Records) -> tuple[Any, ...]:
+        """Records as tensors, their leading axis being records; each from that record alone."""
+
+    @abstractmethod
+    def losses(
+        self, torch: Any, weights: Mapping[str, Any], seen: tuple[Any, ...], chance: tuple[Any, ...]
+    ) -> Any:
+        """Loss of each record, `(num_records,)`.
+
+        Runs under autograd and, where that is faster, under `torch.func`: no branch on values, no
+        change of a tensor in place that others hold, no `.item()`.
+
+        Args:
+          torch: The library.
+          weights: A tensor for each of `shapes`.
+          seen: What `read` gave, for some records.
+          chance: What `chance` gave, for the same records.
+        """
+
+    @abstractmethod
+    def synthesizer(self, schema: Schema, weights: NDArray[np.float32]) -> Synthesizer:
+        """What samples records by trained weights, `(num_weights,)`."""
+
+    def chance(self, rng: np.random.Generator, num_records: int) -> tuple[NDArray[Any], ...]:
+        """Randomness of one step's losses, by the place of a record among its user's own.
+
+        The same for every user. What stands at a place may not depend on `num_records`: an array
+        that is drawn place after place does not, and of several each but the last needs a
+        generator of its own (`rng.spawn`).
+
+        Args:
+          rng: Public randomness of this step.
+          num_records: Places.
+
+        Returns:
+          Arrays whose leading axis is places; none for losses without randomness.
+        """
+        return ()
+
+    @property
+    def num_weights(self) -> int:
+        """Length of the flat vector."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def split(self, flat: Any) -> dict[str, Any]:
+        """The flat vector as named views; a numpy array or a torch tensor."""
+        views, start = {}, 0
+        for name, shape in self.shapes.items():
+            size = math.prod(shape)
+            views[name] = flat[start : start + size].reshape(shape)
+            start += size
+        return views
+
+    def check_fit(self, weights: NDArray[Any]) -> None:
+        """Refuse weights of another model.
+
+        Raises:
+          ConfigError: They have another shape, or are not float32.
+        """
+        if weights.shape != (self.num_weights,) or weights.dtype != np.float32:
+            raise ConfigError(
+                f"the weights do not fit the model: expected {self.num_weights:,} of float32,"
+                f" not {weights.dtype} of shape {weights.shape}. Give those of a model with the"
+                " same settings and schema"
+            )
