@@ -7,6 +7,7 @@ asks a choice the same bound holds for the L1 norm of the user's part in every b
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError
-from .query import FINE, Contribution, NoisySum, Query
+from .query import Contribution, NoisySum, Query
 from .randomness import KeyStream, lattice_noise
+from .series import ONE, Turn
 
 _SLICE = 1 << 18  # values clipped at a time; a slice stays in the processor's cache
 _MISSHAPEN = (
@@ -46,7 +48,7 @@ class Lattice:
     def of(query: Query) -> "Lattice":
         """The lattice of a query; the same at every client and at the server."""
         _, exponent = math.frexp(query.clip)  # exact on every machine, which log2 need not be
-        unit = 2.0 ** (exponent - 1 - FINE)
+        unit = 2.0 ** (exponent - 1 - query.finest)
         return Lattice(unit, query.clip / unit)
 
     def coarser(self, grain: int) -> "Lattice":
@@ -89,6 +91,28 @@ def clipped_sum(
     return total * query.grain
 
 
+def encoded(
+    total: NDArray[np.int64], turn: Turn, earlier: Mapping[int, NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """A client's exact sum with the echoes of its earlier sums of the series, `(dim,)`.
+
+    Args:
+      total: Of this round, in whole grains, which are multiples of `ONE` steps.
+      turn: Which round of which series.
+      earlier: Exact sums of earlier rounds by their position; one that is missing counts as zeros.
+
+    Privacy:
+      Exact: over all rounds of the series one user moves what comes out as `core.series` reckons.
+    """
+    coefficients = turn.series.coefficients
+    echoed = total // ONE * coefficients[0]
+    for position, sum_then in earlier.items():
+        lag = turn.position - position
+        if 0 < lag < len(coefficients) and coefficients[lag]:
+            echoed += sum_then // ONE * coefficients[lag]
+    return np.asarray(echoed)
+
+
 def sent(total: NDArray[np.int64], query: Query) -> NDArray[np.integer]:
     """A client's sum as it travels, `(dim,)`: in whole grains, no cell beyond what a reply holds.
 
@@ -97,7 +121,7 @@ def sent(total: NDArray[np.int64], query: Query) -> NDArray[np.integer]:
       holding cells at an end brings no two sums further apart: what one user moves stays bounded.
     """
     most = np.iinfo(query.reply_dtype).max
-    grains = (total + query.grain // 2) // query.grain
+    grains = (total + query.reply_grain // 2) // query.reply_grain
     return np.asarray(np.clip(grains, -most, most).astype(query.reply_dtype))
 
 
@@ -108,7 +132,7 @@ def share_arrives(query: Query, *, stddev: float) -> bool:
     noise of its own added, but for parts in 10^15: the Fourier transform of such a Gaussian is
     exp(-2 pi^2) at the highest frequency that whole grains hold, in each of several shares.
     """
-    steps = stddev / (Lattice.of(query).unit * query.grain)
+    steps = stddev / (Lattice.of(query).unit * query.reply_grain)
     return _LEAST_SHARE <= steps <= np.iinfo(query.reply_dtype).max / (2 * _FARTHEST)
 
 
@@ -120,8 +144,8 @@ def with_room(total: NDArray[np.int64], query: Query, *, stddev: float) -> NDArr
       share is added: several shares are noise enough together only if each of them arrives whole,
       and what `sent` held at an end would arrive without its noise.
     """
-    room = math.ceil(_FARTHEST * stddev / (Lattice.of(query).unit * query.grain)) + 1
-    most = (int(np.iinfo(query.reply_dtype).max) - room) * query.grain
+    room = math.ceil(_FARTHEST * stddev / (Lattice.of(query).unit * query.reply_grain)) + 1
+    most = (int(np.iinfo(query.reply_dtype).max) - room) * query.reply_grain
     return np.clip(total, -min(most, _MOST), min(most, _MOST))
 
 

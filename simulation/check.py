@@ -24,6 +24,7 @@ from ..core.choice import chosen, score_sensitivity
 from ..core.embedding import EMBEDDER
 from ..core.errors import ConfigError
 from ..core.generation import Generation
+from ..core.leaf import num_rounds_of
 from ..core.mechanism import Lattice, noised, real_sum
 from ..core.query import NoisySum, Query, Rounds, Strategy, check_reads, embedder_of, trusts_server
 from ..core.randomness import OsKeyStream
@@ -227,9 +228,7 @@ class _Trial:
             raise Broken(f"{settings_of(self.strategy)} reads back as {settings_of(again)}")
 
     def queries_match_event(self) -> None:
-        asked = Counter(
-            (query.noise_multiplier, query.sampling_prob) for query, _ in self.transcript
-        )
+        asked = Counter(query.leaf for query, _ in self.transcript if not query.goes_on)
         planned = accounting.leaves(self.strategy.event(self.schema, _NOISE))
         if asked != planned and not (self.stops_early and asked <= planned):
             raise Broken(f"event() holds {dict(planned)}, rounds() asks {dict(asked)}")
@@ -374,7 +373,7 @@ class _Trial:
     @property
     def most_queries(self) -> int:
         """Queries that a run may ask."""
-        planned = accounting.leaves(self.strategy.event(self.schema, _NOISE)).total()
+        planned = num_rounds_of(accounting.leaves(self.strategy.event(self.schema, _NOISE)))
         return planned if self.stops_early else len(self.transcript)
 
     @property

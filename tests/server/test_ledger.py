@@ -28,6 +28,7 @@ from fedsynth.core.errors import (
     PrivacyRefusal,
     SecurityRefusal,
 )
+from fedsynth.core.leaf import Leaf
 from fedsynth.core.privacy import Budget
 from fedsynth.server.audit_trail import check_trail
 from fedsynth.server.chain import GENESIS, LedgerError
@@ -105,7 +106,7 @@ def test_the_second_run_is_held_against_what_the_first_one_committed(ledger):
     with pytest.raises(BudgetExceeded, match=r"2\.92"):
         opened(ledger, "two", noise=5.0, count=10)  # both: epsilon 4.32
 
-    assert leaves(ledger.spent("people")) == {(5.0, 1.0): 10}
+    assert leaves(ledger.spent("people")) == {Leaf(5.0, 1.0): 10}
 
 
 def test_a_run_that_just_fits_is_opened(ledger):
@@ -122,7 +123,7 @@ def test_populations_have_budgets_of_their_own(ledger):
     ledger.open_run("two", "others", cap=CAP, event=gaussian(5.0, 10), facts=FACTS)
 
     assert [p.name for p in ledger.populations()] == ["people", "others"]
-    assert leaves(ledger.spent("others")) == {(5.0, 1.0): 10}
+    assert leaves(ledger.spent("others")) == {Leaf(5.0, 1.0): 10}
 
 
 def test_a_finished_run_gives_back_unsampled_sums_that_it_never_reserved(ledger):
@@ -130,16 +131,16 @@ def test_a_finished_run_gives_back_unsampled_sums_that_it_never_reserved(ledger)
     measured(ledger, 1)
     reserved(ledger, 2)
     ledger.void("run", 2, 1, "no-quorum")
-    assert leaves(ledger.spent("people")) == {(5.0, 1.0): 10}
+    assert leaves(ledger.spent("people")) == {Leaf(5.0, 1.0): 10}
 
     ledger.finish("run")
 
-    assert leaves(ledger.spent("people")) == {(5.0, 1.0): 2}
+    assert leaves(ledger.spent("people")) == {Leaf(5.0, 1.0): 2}
 
 
 @pytest.mark.parametrize("end", ["finish", "close"])
 def test_a_run_with_a_sampled_sum_stays_charged_as_a_whole(ledger, end):
-    plan = event_of({(5.0, 1.0): 2, (3.0, 0.1): 6})
+    plan = event_of({Leaf(5.0, 1.0): 2, (3.0, 0.1): 6})
     ledger.open_run("run", "people", cap=CAP, event=plan, facts=FACTS)
     reserved(ledger, 1, noise_multiplier=3.0, sampling_prob=0.1)
     ledger.void("run", 1, 1, "no-quorum")
@@ -155,7 +156,7 @@ def test_a_closed_run_stays_charged_for_what_it_reserved_and_asks_nothing_more(l
 
     ledger.close("run")
 
-    assert leaves(ledger.spent("people")) == {(5.0, 1.0): 1}
+    assert leaves(ledger.spent("people")) == {Leaf(5.0, 1.0): 1}
     with pytest.raises(ConfigError, match="closed; nothing was asked"):
         reserved(ledger, 2)
     with pytest.raises(ConfigError, match="was closed"):
@@ -653,7 +654,7 @@ def holds(ledger: Ledger, said: list[list[Any]]) -> None:
             assert ledger.sum_of("run", where[0]).total[0] == where[1]
     for run in runs:
         assert check_trail(ledger, run.run) == []
-    drawn = Counter({(5.0, 1.0): sum(kind == "draw" for kind, *_ in said)})
+    drawn = Counter({Leaf(5.0, 1.0): sum(kind == "draw" for kind, *_ in said)})
     assert leaves(ledger.spent("people")) >= drawn
 
 
@@ -811,7 +812,7 @@ def test_of_runs_that_fit_singly_only_so_many_are_opened_as_fit_together(path):
     assert [end[-1] for end in ends] == [0] * 6
     with Ledger(path) as ledger:
         assert sorted(run.run for run in ledger.runs()) == sorted(e[0] for e in ends if len(e) > 1)
-        assert leaves(ledger.spent("people")) == {(5.0, 1.0): 15}
+        assert leaves(ledger.spent("people")) == {Leaf(5.0, 1.0): 15}
         ledger.verify()
 
 
@@ -848,7 +849,7 @@ def test_a_run_is_driven_by_one_living_process(path, ledger):
 # ---- all of it at random -----------------------------------------------------------------
 
 RUNS = {
-    "one": {(5.0, 1.0): 3},
+    "one": {Leaf(5.0, 1.0): 3},
     "two": {(6.0, 1.0): 1, (9.0, 1.0): 2},
     "three": {(5.0, 0.1): 3},  # sampled
     "four": {(1.5, 1.0): 2},  # never fits beside the others
@@ -866,9 +867,9 @@ operations = st.tuples(
 )
 
 
-def leaf_of(run: str, round_: int, attempt: int) -> tuple[float, float]:
+def leaf_of(run: str, round_: int, attempt: int) -> Leaf:
     """The sum that the schedule reserves at a place; not always one that the plan still holds."""
-    return sorted(RUNS[run])[(round_ + attempt) % len(RUNS[run])]
+    return Leaf(*sorted(RUNS[run])[(round_ + attempt) % len(RUNS[run])])
 
 
 def next_step(ledger: Ledger, run: str, round_: int) -> tuple[str, int]:
@@ -889,7 +890,7 @@ def operate(ledger: Ledger, kind: str, run: str, round_: int, attempt: int) -> N
         case "open":
             ledger.open_run(run, "people", cap=CAP, event=event_of(RUNS[run]), facts=FACTS)
         case "reserve":
-            noise, prob = leaf_of(run, round_, attempt)
+            noise, prob, *_ = leaf_of(run, round_, attempt)
             ledger.reserve(
                 run, round_, attempt, query="q", noise_multiplier=noise, sampling_prob=prob
             )

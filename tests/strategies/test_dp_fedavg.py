@@ -9,6 +9,7 @@ from dp_accounting.dp_event import GaussianDpEvent, PoissonSampledDpEvent, SelfC
 from fedsynth.client.respond import block_sum
 from fedsynth.core import accounting
 from fedsynth.core.errors import ConfigError
+from fedsynth.core.leaf import Leaf
 from fedsynth.core.mechanism import Lattice
 from fedsynth.core.query import NoisySum, Query
 from fedsynth.core.records import BoundedShard, Records
@@ -276,7 +277,7 @@ def test_the_event_is_as_many_poisson_sampled_sums_as_rounds():
     event = DpFedAvg(num_rounds=30, sampling_prob=0.2).event(small_table(), 1.5)
 
     by_hand = SelfComposedDpEvent(PoissonSampledDpEvent(0.2, GaussianDpEvent(1.5)), 30)
-    assert accounting.leaves(event) == {(1.5, 0.2): 30}
+    assert accounting.leaves(event) == {Leaf(1.5, 0.2): 30}
     assert accounting.epsilon_of(event, 1e-5) == accounting.epsilon_of(by_hand, 1e-5)
 
 
