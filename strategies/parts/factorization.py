@@ -7,9 +7,9 @@ Toeplitz matrix of the coefficients: noise that later rounds take back. Weights 
 of all rounds so far then carry A C^-1 Z, with A the matrix of prefix sums, where independent
 rounds at the same price would leave sqrt(participations) A Z.
 
-Coefficients are whole numbers of steps of 1/4096 (`STEPS`), not negative and not rising, and so
-small that one user moves the whole series by at most one clip in L2. The series therefore costs
-one Gaussian sum.
+Coefficients are whole numbers of steps of 1/4096 (`core.series`), not negative and not rising,
+and so small that one user moves the whole series by at most one clip in L2. The series therefore
+costs one Gaussian sum.
 
 Reference:
   Choquette-Choo et al. (2023), "(Amplified) Banded Matrix Factorization", arXiv 2306.08153,
@@ -30,15 +30,33 @@ from numpy.typing import NDArray
 
 from ...core.errors import ConfigError
 from ...core.query import NoisySum
+from ...core.series import ONE as STEPS
+from ...core.series import Series
 
-STEPS = 1 << 12  # of which a coefficient of one is made
 MAX_ROUNDS = 4096  # of one series; matrices of their square are made of it
 _GRID = 1 << 12  # rates and shares of buffers are whole numbers of these, for every machine alike
 _WORTH = 1e-4  # by how much one buffer more must lower the noise to be taken
 
+Correlation = Literal["none", "banded", "blt"]
+"""How the noise of rounds hangs together."""
+
 Error = Literal["rms", "max"]
 """What coefficients are chosen by: the root mean square of the noise of all prefix sums, or that
 of the noisiest, which is the last."""
+
+
+def series_of(correlation: Correlation, *, num_rounds: int, separation: int) -> Series | None:
+    """The series of a training's rounds; `None` without correlation.
+
+    Raises:
+      ConfigError: There is no such correlation, or a number is out of range.
+    """
+    if correlation == "none":
+        return None
+    if correlation not in ("banded", "blt"):
+        raise ConfigError(f"correlation must be 'none', 'banded' or 'blt', not {correlation!r}")
+    coefficients = (banded if correlation == "banded" else blt)(num_rounds, separation)
+    return Series(coefficients, num_rounds, separation)
 
 
 @lru_cache(maxsize=64)
