@@ -729,8 +729,8 @@ def test_an_odometer_of_the_first_version_is_read_on_and_forgets_nothing(path: P
             "CREATE TABLE sums (client TEXT, run TEXT, noise_multiplier REAL, sampling_prob REAL,"
             " planned INTEGER NOT NULL, reserved INTEGER NOT NULL CHECK (reserved <= planned),"
             " PRIMARY KEY (client, run, noise_multiplier, sampling_prob)) WITHOUT ROWID;"
-            "INSERT INTO sums SELECT client, run, noise_multiplier, sampling_prob, planned, reserved"
-            " FROM new_sums; DROP TABLE new_sums; PRAGMA user_version = 1;"
+            "INSERT INTO sums SELECT client, run, noise_multiplier, sampling_prob, planned,"
+            " reserved FROM new_sums; DROP TABLE new_sums; PRAGMA user_version = 1;"
         )
 
     again = Odometer(old, "clinic")
