@@ -14,7 +14,7 @@ from ...core.records import BoundedShard
 from ...core.schema import Schema
 from .adaptive_clip import AdaptiveClip, check_settings, with_bit
 from .factorization import Correlation, check_turns, series_of
-from .local_training import LocalTraining, updates
+from .local_training import LocalTraining, PerUser, updates
 from .server_optimizer import ServerOptimizer
 from .trainable import RecordShape, Trainable
 from .updates import Updates
@@ -52,6 +52,8 @@ class Training(Strategy):
       local_steps: Gradient steps of each user; 1 is federated SGD.
       local_lr: Their size.
       local_batch: Records of a local step; `None`: all that the user has.
+      per_user: How users' steps are taken: `loop`, one user by one; `vmap`, side by side; `auto`,
+        as is faster for the model. Speed alone.
       server_optimizer: `adam` (FedAdam) or `sgd` (FedAvg, with momentum: FedAvgM).
       server_lr: Step of the server.
       momentum: Of the server's optimizer.
@@ -70,6 +72,7 @@ class Training(Strategy):
     local_steps: int = 1
     local_lr: float = 0.1
     local_batch: int | None = None
+    per_user: PerUser = "auto"
     server_optimizer: Literal["adam", "sgd"] = "adam"
     server_lr: float = 0.02
     momentum: float = 0.9
@@ -206,7 +209,7 @@ class Training(Strategy):
         if weights is None or query.dim != model.num_weights + has_bit:
             raise ConfigError("the request's weights do not fit the model of its settings")
         shape.check(shard.records)
-        training = LocalTraining(self.local_steps, self.local_lr, self.local_batch)
+        training = LocalTraining(self.local_steps, self.local_lr, self.local_batch, self.per_user)
         seed = int(rng.integers(1 << 62))
         rows = updates(model, weights, shard, training, seed=seed)
         if has_bit:
