@@ -266,7 +266,7 @@ def _bracket(
         if high / low <= 1 + _CLOSE / 4:
             break
         middle = math.sqrt(low * high)
-        if 0 < at_high and at_low < math.inf and number % 4 < 3:
+        if at_high > 0 and at_low < math.inf and number % 4 < 3:
             share = math.log(at_low / epsilon) / math.log(at_low / at_high)
             guess = math.exp(math.log(low) + share * math.log(high / low))
             aside = 1 + (_CLOSE / 8) * (1 if number % 2 else -1)  # so that both ends close in
