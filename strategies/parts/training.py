@@ -12,7 +12,9 @@ from ...core.errors import ConfigError
 from ...core.query import Contribution, Query, Rounds, Strategy
 from ...core.records import BoundedShard
 from ...core.schema import Schema
-from .local_training import LocalTraining, updates
+from .adaptive_clip import AdaptiveClip, check_settings, with_bit
+from .factorization import Correlation, check_turns, series_of
+from .local_training import LocalTraining, PerUser, updates
 from .server_optimizer import ServerOptimizer
 from .trainable import RecordShape, Trainable
 from .updates import Updates
@@ -26,21 +28,32 @@ if TYPE_CHECKING:
 class Training(Strategy):
     """Federated averaging of any `Trainable`, at the level of users.
 
-    In each round every user joins by a secret coin, takes `local_steps` gradient steps from the
-    shared weights on their own records, and contributes the change of the weights, clipped
-    as a whole. The noisy sum is divided by a fixed, public number and moves the weights by a
-    server optimizer. The released weights are the mean over the second half of the rounds, which
-    averages noise out and costs nothing.
+    In each round every user joins by a secret coin (with `correlation`: by turns), takes
+    `local_steps` gradient steps from the shared weights on their own records, and contributes the
+    change of the weights, clipped as a whole. The noisy sum is divided by a fixed, public number
+    and moves the weights by a server optimizer. The released weights are the mean over the second
+    half of the rounds, which averages noise out and costs nothing.
 
     Attributes:
       num_users: Declared, public number of users; divides the sum together with
         `sampling_prob`. Never taken from data.
       num_rounds: Rounds.
       sampling_prob: Probability that a user joins a round.
-      clip: L2 bound of a user's update.
+      clip: L2 bound of a user's update; with `clip_quantile` that of the first round.
+      clip_quantile: Share of users whose update shall fit the clip, which then follows it from
+        round to round; `None`: the clip is fixed. The whole costs the same.
+      clip_rate: How fast it follows.
+      clip_bit_share: Share of the clip that the bit takes by which it follows. A larger one tells
+        more clearly how many updates fitted; updates are clipped to sqrt(1 - share^2) of the clip.
+      correlation: Noise of later rounds takes back what earlier rounds' added, so that the weights
+        carry less of it: `banded`, or `blt` with coefficients of few powers. Users then take turns
+        instead of flipping coins, which needs `sampling_prob` 1.
+      separation: With `correlation`: rounds from one turn of a user to the next.
       local_steps: Gradient steps of each user; 1 is federated SGD.
       local_lr: Their size.
       local_batch: Records of a local step; `None`: all that the user has.
+      per_user: How users' steps are taken: `loop`, one user by one; `vmap`, side by side; `auto`,
+        as is faster for the model. Speed alone.
       server_optimizer: `adam` (FedAdam) or `sgd` (FedAvg, with momentum: FedAvgM).
       server_lr: Step of the server.
       momentum: Of the server's optimizer.
@@ -48,7 +61,8 @@ class Training(Strategy):
     Reference:
       McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", arXiv
       1710.06963, Algorithm 1 with the fixed-denominator estimator; Reddi et al. (2021),
-      "Adaptive Federated Optimization", arXiv 2003.00295, Algorithm 2.
+      "Adaptive Federated Optimization", arXiv 2003.00295, Algorithm 2. Of the clip that follows:
+      `parts/adaptive_clip.py`; of correlated noise: `parts/factorization.py`.
     """
 
     num_users: int = 1000
@@ -58,9 +72,15 @@ class Training(Strategy):
     local_steps: int = 1
     local_lr: float = 0.1
     local_batch: int | None = None
+    per_user: PerUser = "auto"
     server_optimizer: Literal["adam", "sgd"] = "adam"
     server_lr: float = 0.02
     momentum: float = 0.9
+    clip_quantile: float | None = None
+    clip_rate: float = 0.2
+    clip_bit_share: float = 0.1
+    correlation: Correlation = "none"
+    separation: int = 10
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -76,7 +96,34 @@ class Training(Strategy):
             raise ConfigError(f"sampling_prob must lie in (0, 1], not {self.sampling_prob}")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must lie in [0, 1), not {self.momentum}")
+        check_settings(
+            quantile=0.5 if self.clip_quantile is None else self.clip_quantile,
+            rate=self.clip_rate,
+            bit_share=self.clip_bit_share,
+        )
+        self._check_correlation()
         self.check()
+
+    def _check_correlation(self) -> None:
+        """Refuse what correlated noise does not go with."""
+        if self.correlation not in ("none", "banded", "blt"):
+            raise ConfigError(
+                f"correlation must be 'none', 'banded' or 'blt', not {self.correlation!r}"
+            )
+        if self.correlation == "none":
+            return
+        check_turns(self.num_rounds, self.separation)
+        if self.sampling_prob != 1:
+            raise ConfigError(
+                "with correlated noise users take turns instead of flipping coins: set"
+                f" sampling_prob to 1, not {self.sampling_prob}, and separation to the rounds from"
+                " one turn of a user to the next"
+            )
+        if self.clip_quantile is not None:
+            raise ConfigError(
+                "rounds whose noise is correlated have one clip: leave out clip_quantile, or"
+                " correlation"
+            )
 
     @abstractmethod
     def check(self) -> None:
@@ -91,10 +138,15 @@ class Training(Strategy):
         """
 
     def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
-        """`num_rounds` sums over users who joined by a coin, each with `noise_multiplier`."""
-        from ...core.accounting import event_of
+        """`num_rounds` sums over users who joined by a coin, each with `noise_multiplier`.
+
+        With correlated noise one series, which costs one sum with it.
+        """
+        from ...core.accounting import event_of, single_event
 
         refuse_wide(schema, self.name, self.model_for(RecordShape.of(schema)).num_weights)
+        if self.correlation != "none":
+            return single_event(noise_multiplier, rounds=self.num_rounds)
         return event_of({(noise_multiplier, float(self.sampling_prob)): self.num_rounds})
 
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
@@ -121,6 +173,15 @@ class Training(Strategy):
         optimizer = ServerOptimizer(
             self.server_optimizer, len(weights), lr=self.server_lr, momentum=self.momentum
         )
+        adaptive = None
+        if self.clip_quantile is not None:
+            adaptive = AdaptiveClip(
+                self.clip,
+                quantile=self.clip_quantile,
+                rate=self.clip_rate,
+                bit_share=self.clip_bit_share,
+                num_users=self.sampling_prob * self.num_users,
+            )
         return Updates(
             weights,
             clip=self.clip,
@@ -128,6 +189,10 @@ class Training(Strategy):
             sampling_prob=self.sampling_prob,
             num_users=self.num_users,
             optimizer=optimizer,
+            adaptive=adaptive,
+            series=series_of(
+                self.correlation, num_rounds=self.num_rounds, separation=self.separation
+            ),
         )
 
     def contribution(
@@ -140,9 +205,13 @@ class Training(Strategy):
     ) -> Contribution:
         """The clients' half of a round: each user's change of the query's weights."""
         weights = query.inputs.get("weights")
-        if weights is None or query.dim != model.num_weights:
+        has_bit = self.clip_quantile is not None
+        if weights is None or query.dim != model.num_weights + has_bit:
             raise ConfigError("the request's weights do not fit the model of its settings")
         shape.check(shard.records)
-        training = LocalTraining(self.local_steps, self.local_lr, self.local_batch)
+        training = LocalTraining(self.local_steps, self.local_lr, self.local_batch, self.per_user)
         seed = int(rng.integers(1 << 62))
-        return Contribution.rows(updates(model, weights, shard, training, seed=seed))
+        rows = updates(model, weights, shard, training, seed=seed)
+        if has_bit:
+            rows = with_bit(rows, clip=query.clip, bit_share=self.clip_bit_share)
+        return Contribution.rows(rows)

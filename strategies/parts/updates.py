@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.query import NoisySum, Query
+from ...core.query import FINE, MOST_IN_SERIES, NoisySum, Query
+from ...core.series import Series, Turn
+from .adaptive_clip import AdaptiveClip
+from .factorization import Decoder
 from .server_optimizer import ServerOptimizer
 
 
@@ -31,6 +34,8 @@ class Updates:
         sampling_prob: float,
         num_users: int,
         optimizer: ServerOptimizer,
+        adaptive: AdaptiveClip | None = None,
+        series: Series | None = None,
     ) -> None:
         """Start from weights.
 
@@ -42,11 +47,16 @@ class Updates:
           sampling_prob: Probability that a user joins a round.
           num_users: Declared, public number of users; with `sampling_prob` it divides the sums.
           optimizer: Moves the weights.
+          adaptive: Moves the clip, by the bit that then ends each user's vector; `None`: fixed.
+          series: The rounds' noise is correlated, and users take turns; `None`: neither.
         """
         self.weights: NDArray[np.float64] = np.array(weights, dtype=np.float64)
         self._name, self._clip, self._noise_multiplier = name, clip, noise_multiplier
-        self._sampling_prob, self._num_users = float(sampling_prob), num_users
-        self._optimizer = optimizer
+        self._sampling_prob = float(sampling_prob)
+        self._optimizer, self._adaptive, self._series = optimizer, adaptive, series
+        self._decoder = None if series is None else Decoder(series.coefficients)
+        self._cohort = self._sampling_prob * num_users / (series.separation if series else 1)
+        self._position = 0
 
     def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Query:
         """The question of one round.
@@ -56,16 +66,22 @@ class Updates:
         """
         return Query(
             self._name,
-            dim=len(self.weights),
-            clip=self._clip,
+            dim=len(self.weights) + (self._adaptive is not None),
+            clip=self._clip if self._adaptive is None else self._adaptive.clip,
             noise_multiplier=self._noise_multiplier,
             sampling_prob=self._sampling_prob,
             inputs={**inputs, "weights": self.weights.astype(np.float32)},
+            resolution=FINE if self._series is None else MOST_IN_SERIES,
+            turn=None if self._series is None else Turn(self._series, self._position),
         )
 
     def take(self, noisy: NoisySum) -> NDArray[np.float64]:
         """Move the weights by an answer; a void one moves nothing. The weights, as they stand."""
+        self._position += 1
+        if self._decoder is not None:
+            noisy = self._decoder.take(noisy)
+        if self._adaptive is not None:
+            noisy = self._adaptive.take(noisy)
         if not noisy.is_void:
-            mean = noisy.vector / (self._sampling_prob * self._num_users)
-            self.weights = self._optimizer.moved(self.weights, mean)
+            self.weights = self._optimizer.moved(self.weights, noisy.vector / self._cohort)
         return self.weights
