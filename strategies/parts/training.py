@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import ConfigError
-from ...core.query import Contribution, Query, Rounds, Strategy
+from ...core.leaf import Leaf
+from ...core.query import MAX_RECORDS, Contribution, Query, Rounds, Strategy
 from ...core.records import BoundedShard
 from ...core.schema import Schema
 from .adaptive_clip import AdaptiveClip, check_settings, with_bit
@@ -23,10 +24,12 @@ from .width import refuse_wide
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
+Level = Literal["user", "example"]
+
 
 @dataclass(frozen=True)
 class Training(Strategy):
-    """Federated averaging of any `Trainable`, at the level of users.
+    """Federated averaging of any `Trainable`, at the level of users or of their records.
 
     In each round every user joins by a secret coin (with `correlation`: by turns), takes
     `local_steps` gradient steps from the shared weights on their own records, and contributes the
@@ -49,6 +52,12 @@ class Training(Strategy):
         carry less of it: `banded`, or `blt` with coefficients of few powers. Users then take turns
         instead of flipping coins, which needs `sampling_prob` 1.
       separation: With `correlation`: rounds from one turn of a user to the next.
+      level: Whose vectors are clipped and summed. `user`: each user's update. `example`: each
+        record's gradient, by a coin of its own (DP-SGD). What is promised is the same, to users;
+        the noise is then priced by how many of a user's records may join at once.
+      records_per_user: With `level` `example`: most records of a user; as `unit.max_records`.
+      mean_records: With `level` `example`: declared, public mean number of records of a user, by
+        which the sum is divided, too. `None`: 1. Never taken from data.
       local_steps: Gradient steps of each user; 1 is federated SGD.
       local_lr: Their size.
       local_batch: Records of a local step; `None`: all that the user has.
@@ -65,7 +74,9 @@ class Training(Strategy):
       McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", arXiv
       1710.06963, Algorithm 1 with the fixed-denominator estimator; Reddi et al. (2021),
       "Adaptive Federated Optimization", arXiv 2003.00295, Algorithm 2. Of the clip that follows:
-      `parts/adaptive_clip.py`; of correlated noise: `parts/factorization.py`.
+      `parts/adaptive_clip.py`; of correlated noise: `parts/factorization.py`. Of sums over
+      records: Abadi et al. (2016), "Deep Learning with Differential Privacy", arXiv 1607.00133,
+      Algorithm 1, and for their price `core/mixture.py`.
     """
 
     num_users: int = 1000
@@ -85,6 +96,9 @@ class Training(Strategy):
     clip_bit_share: float = 0.1
     correlation: Correlation = "none"
     separation: int = 10
+    level: Level = "user"
+    records_per_user: int | None = None
+    mean_records: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -105,6 +119,7 @@ class Training(Strategy):
         )
         self._check_correlation()
         self._optimizer()
+        self._check_level()
         self.check()
 
     def _check_correlation(self) -> None:
@@ -127,6 +142,38 @@ class Training(Strategy):
                 "rounds whose noise is correlated have one clip: leave out clip_quantile, or"
                 " correlation"
             )
+
+    def _check_level(self) -> None:
+        """Refuse what sums over users or over records have no use for."""
+        if self.level not in ("user", "example"):
+            raise ConfigError(f"level must be 'user' or 'example', not {self.level!r}")
+        most, mean = self.records_per_user, self.mean_records
+        if self.level == "user":
+            if most is not None or mean is not None:
+                raise ConfigError(
+                    "records_per_user and mean_records are of level = 'example': at the level of"
+                    " users each has one update, whatever number of records it was made of"
+                )
+            return
+        if most is None or not 1 <= most <= MAX_RECORDS:
+            raise ConfigError(
+                f"with level = 'example' a user's price is that of records_per_user records, 1 to"
+                f" {MAX_RECORDS:,}, not {most}. Set it to unit.max_records"
+            )
+        if mean is not None and not 0 < mean <= most:
+            raise ConfigError(
+                f"mean_records must lie above 0 and at most at records_per_user = {most}, not"
+                f" {mean}"
+            )
+        alone = {"local_steps": (1,), "local_batch": (None, 1), "clip_quantile": (None,)}
+        for key, fitting in alone.items():
+            if getattr(self, key) not in fitting:
+                raise ConfigError(
+                    "with level = 'example' each record's gradient is clipped on its own, once and"
+                    f" at a fixed clip: leave out {key} = {getattr(self, key)}"
+                )
+        if self.correlation != "none":
+            raise ConfigError("records join by coins: leave out correlation, or level = 'example'")
 
     @abstractmethod
     def check(self) -> None:
@@ -151,7 +198,8 @@ class Training(Strategy):
         refuse_wide(schema, self.name, self.model_for(RecordShape.of(schema)).num_weights)
         if self.correlation != "none":
             return single_event(noise_multiplier, rounds=self.num_rounds)
-        return event_of({(noise_multiplier, float(self.sampling_prob)): self.num_rounds})
+        leaf = Leaf(noise_multiplier, float(self.sampling_prob), self.records_per_user or 1)
+        return event_of({leaf: self.num_rounds})
 
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
         """Ask for updates and move the weights by them."""
@@ -191,6 +239,8 @@ class Training(Strategy):
             noise_multiplier=noise_multiplier,
             sampling_prob=self.sampling_prob,
             num_users=self.num_users,
+            records=self.records_per_user or 0,
+            mean_records=self.mean_records or 1.0,
             optimizer=self._optimizer().build(seed=int(rng.integers(1 << 31))),
             adaptive=adaptive,
             series=series_of(
@@ -212,7 +262,10 @@ class Training(Strategy):
         if weights is None or query.dim != model.num_weights + has_bit:
             raise ConfigError("the request's weights do not fit the model of its settings")
         shape.check(shard.records)
-        training = LocalTraining(self.local_steps, self.local_lr, self.local_batch, self.per_user)
+        if (query.records > 0) != (self.level == "example"):
+            raise ConfigError(f"a request that is not at the level of {self.level}s")
+        lr = 1.0 if self.level == "example" else self.local_lr  # the clip is the gradient's own
+        training = LocalTraining(self.local_steps, lr, self.local_batch, self.per_user)
         seed = int(rng.integers(1 << 62))
         rows = updates(model, weights, shard, training, seed=seed)
         if has_bit:

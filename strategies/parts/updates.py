@@ -37,6 +37,8 @@ class Updates:
         noise_multiplier: float,
         sampling_prob: float,
         num_users: int,
+        records: int = 0,
+        mean_records: float = 1.0,
         optimizer: "FlowerOptimizer",
         adaptive: AdaptiveClip | None = None,
         series: Series | None = None,
@@ -50,6 +52,10 @@ class Updates:
           noise_multiplier: Of each sum.
           sampling_prob: Probability that a user joins a round.
           num_users: Declared, public number of users; with `sampling_prob` it divides the sums.
+          records: Most records of a user, each of which has a vector of its own and joins by a coin
+            of its own; 0: each user has one vector.
+          mean_records: Declared, public mean number of records of a user, where they have vectors
+            of their own; it divides the sums, too.
           optimizer: Moves the weights.
           adaptive: Moves the clip, by the bit that then ends each user's vector; `None`: fixed.
           series: The rounds' noise is correlated, and users take turns; `None`: neither.
@@ -59,7 +65,9 @@ class Updates:
         self._sampling_prob = float(sampling_prob)
         self._optimizer, self._adaptive, self._series = optimizer, adaptive, series
         self._decoder = None if series is None else Decoder(series.coefficients)
-        self._cohort = self._sampling_prob * num_users / (series.separation if series else 1)
+        self._records = records
+        num_vectors = num_users * mean_records
+        self._cohort = self._sampling_prob * num_vectors / (series.separation if series else 1)
         self._position = 0
 
     def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Query:
@@ -75,6 +83,7 @@ class Updates:
             noise_multiplier=self._noise_multiplier,
             sampling_prob=self._sampling_prob,
             inputs={**inputs, "weights": self.weights.astype(np.float32)},
+            records=self._records,
             resolution=RESOLUTION if self._series is None else MOST_IN_SERIES,
             turn=None if self._series is None else Turn(self._series, self._position),
         )
