@@ -200,15 +200,12 @@ class Decoder:
 
     Args:
       coefficients: Those that the clients encode by, in whole steps.
-      state: What `state()` gave; `None`: no round was taken yet.
 
     Raises:
-      ConfigError: The coefficients are none, or the state is another decoder's.
+      ConfigError: There are none, or they are no whole steps.
     """
 
-    def __init__(
-        self, coefficients: Sequence[int], state: Mapping[str, NDArray[np.float64]] | None = None
-    ) -> None:
+    def __init__(self, coefficients: Sequence[int]) -> None:
         if not len(coefficients) or not 0 < coefficients[0] <= STEPS or min(coefficients) < 0:
             raise ConfigError(f"coefficients must be whole steps, 0 to {STEPS}, the first above 0")
         self._first = coefficients[0] / STEPS
@@ -216,8 +213,6 @@ class Decoder:
         self._past: deque[NDArray[np.float64]] = deque(maxlen=len(self._others))
         self._heard: deque[float] = deque(maxlen=len(self._others))  # C^-1, the last ones first
         self._power = 0.0  # sum of squares of C^-1's coefficients so far
-        if state is not None:
-            self._restore(state)
 
     def take(self, noisy: NoisySum) -> NoisySum:
         """The round's own sum, and the standard deviation of its noise; void if the round is."""
@@ -243,8 +238,12 @@ class Decoder:
             "power": np.array([self._power]),
         }
 
-    def _restore(self, state: Mapping[str, NDArray[np.float64]]) -> None:
-        """Take over what another decoder of the same series knew."""
+    def restore(self, state: Mapping[str, NDArray[np.float64]]) -> None:
+        """Go on where `state` was taken; of a decoder that has taken no round yet.
+
+        Raises:
+          ConfigError: It is not the state of a decoder of this series.
+        """
         try:
             past, heard, power = state["past"], state["heard"], state["power"]
         except KeyError as error:

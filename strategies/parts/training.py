@@ -2,8 +2,8 @@
 """Train a model by clipped updates of users, each round with users by secret coins."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,9 +63,12 @@ class Training(Strategy):
       local_batch: Records of a local step; `None`: all that the user has.
       per_user: How users' steps are taken: `loop`, one user by one; `vmap`, side by side; `auto`,
         as is faster for the model. Speed alone.
-      server_optimizer: `adam` (FedAdam) or `sgd` (FedAvg, with momentum: FedAvgM).
-      server_lr: Step of the server.
-      momentum: Of the server's optimizer.
+      server_optimizer: A strategy of Flower's, which is handed the noisy mean as its one reply:
+        `fedavg`, `fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`; or your own, installed as an entry
+        point of `fedsynth.server_optimizers`.
+      server_lr: Step of the server, but for `fedavg`, which takes the mean as it is.
+      momentum: Of `fedavgm`, `fedadam` and `fedyogi`.
+      server_settings: More for the optimizer's constructor; all of it, for your own.
 
     Reference:
       McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", arXiv
@@ -84,9 +87,10 @@ class Training(Strategy):
     local_lr: float = 0.1
     local_batch: int | None = None
     per_user: PerUser = "auto"
-    server_optimizer: Literal["adam", "sgd"] = "adam"
+    server_optimizer: str = "fedadam"
     server_lr: float = 0.02
     momentum: float = 0.9
+    server_settings: dict[str, Any] = field(default_factory=dict)
     clip_quantile: float | None = None
     clip_rate: float = 0.2
     clip_bit_share: float = 0.1
@@ -103,19 +107,18 @@ class Training(Strategy):
                 raise ConfigError(f"{key} must be 1 or more, not {getattr(self, key)}")
         if self.local_batch is not None and self.local_batch < 1:
             raise ConfigError(f"local_batch must be 1 or more, not {self.local_batch}")
-        for key in ("clip", "local_lr", "server_lr"):
+        for key in ("clip", "local_lr"):
             if not 0 < getattr(self, key) < 1e6:
                 raise ConfigError(f"{key} must be above 0, not {getattr(self, key)}")
         if not 0 < self.sampling_prob <= 1:
             raise ConfigError(f"sampling_prob must lie in (0, 1], not {self.sampling_prob}")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum must lie in [0, 1), not {self.momentum}")
         check_settings(
             quantile=0.5 if self.clip_quantile is None else self.clip_quantile,
             rate=self.clip_rate,
             bit_share=self.clip_bit_share,
         )
         self._check_correlation()
+        self._optimizer()
         self._check_level()
         self.check()
 
@@ -191,6 +194,7 @@ class Training(Strategy):
         """
         from ...core.accounting import event_of, single_event
 
+        self._optimizer().build(seed=0)
         refuse_wide(schema, self.name, self.model_for(RecordShape.of(schema)).num_weights)
         if self.correlation != "none":
             return single_event(noise_multiplier, rounds=self.num_rounds)
@@ -201,7 +205,7 @@ class Training(Strategy):
         """Ask for updates and move the weights by them."""
         shape = RecordShape.of(schema)
         model = self.model_for(shape)
-        steps = self.updates_from(model.initial(rng), noise_multiplier)
+        steps = self.updates_from(model.initial(rng), noise_multiplier, rng)
         mean, counted = np.zeros_like(steps.weights), 0
         for number in range(self.num_rounds):
             noisy = yield steps.ask(shape.inputs())
@@ -216,11 +220,10 @@ class Training(Strategy):
         shape = RecordShape.from_inputs(query.inputs)
         return self.contribution(self.model_for(shape), shape, query, shard, rng)
 
-    def updates_from(self, weights: NDArray[np.float32], noise_multiplier: float) -> Updates:
+    def updates_from(
+        self, weights: NDArray[np.float32], noise_multiplier: float, rng: np.random.Generator
+    ) -> Updates:
         """The server's half of the rounds, from some weights on."""
-        optimizer = ServerOptimizer(
-            self.server_optimizer, len(weights), lr=self.server_lr, momentum=self.momentum
-        )
         adaptive = None
         if self.clip_quantile is not None:
             adaptive = AdaptiveClip(
@@ -238,7 +241,7 @@ class Training(Strategy):
             num_users=self.num_users,
             records=self.records_per_user or 0,
             mean_records=self.mean_records or 1.0,
-            optimizer=optimizer,
+            optimizer=self._optimizer().build(seed=int(rng.integers(1 << 31))),
             adaptive=adaptive,
             series=series_of(
                 self.correlation, num_rounds=self.num_rounds, separation=self.separation
@@ -268,3 +271,9 @@ class Training(Strategy):
         if has_bit:
             rows = with_bit(rows, clip=query.clip, bit_share=self.clip_bit_share)
         return Contribution.rows(rows)
+
+    def _optimizer(self) -> ServerOptimizer:
+        """The server's optimizer, by its name."""
+        return ServerOptimizer(
+            self.server_optimizer, self.server_lr, self.momentum, self.server_settings
+        )

@@ -2,16 +2,20 @@
 """The server's half of training: ask users for their updates, move the weights by the noisy sum."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.query import FINE, MOST_IN_SERIES, NoisySum, Query
+from ...core.query import MOST_IN_SERIES, NoisySum, Query
 from ...core.series import Series, Turn
 from .adaptive_clip import AdaptiveClip
 from .factorization import Decoder
-from .server_optimizer import ServerOptimizer
+
+if TYPE_CHECKING:
+    from .flower_optimizer import FlowerOptimizer
+
+RESOLUTION = 16  # of an update: with it a sum travels in four bytes a weight
 
 
 class Updates:
@@ -35,7 +39,7 @@ class Updates:
         num_users: int,
         records: int = 0,
         mean_records: float = 1.0,
-        optimizer: ServerOptimizer,
+        optimizer: "FlowerOptimizer",
         adaptive: AdaptiveClip | None = None,
         series: Series | None = None,
     ) -> None:
@@ -80,7 +84,7 @@ class Updates:
             sampling_prob=self._sampling_prob,
             inputs={**inputs, "weights": self.weights.astype(np.float32)},
             records=self._records,
-            resolution=FINE if self._series is None else MOST_IN_SERIES,
+            resolution=RESOLUTION if self._series is None else MOST_IN_SERIES,
             turn=None if self._series is None else Turn(self._series, self._position),
         )
 

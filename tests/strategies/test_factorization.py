@@ -233,7 +233,8 @@ def test_a_decoder_goes_on_from_its_state():
     for noisy in sums[:7]:
         first.take(noisy)
 
-    second = Decoder(coefficients, first.state())
+    second = Decoder(coefficients)
+    second.restore(first.state())
 
     found = [second.take(noisy) for noisy in sums[7:]]
     assert all(
@@ -248,9 +249,9 @@ def test_a_decoder_of_another_series_is_refused():
         decoder.take(NoisySum(np.zeros(2), 1.0, 1))
 
     with pytest.raises(ConfigError, match="another series"):
-        Decoder(banded(12, 2), decoder.state())
+        Decoder(banded(12, 2)).restore(decoder.state())
     with pytest.raises(ConfigError, match="without"):
-        Decoder(banded(12, 4), {})
+        Decoder(banded(12, 4)).restore({})
 
 
 @pytest.mark.parametrize(
