@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.answering import without_checkpoints
 from ...core.checkpoint import Checkpoint, State
 from ...core.errors import ConfigError
 from ...core.leaf import Leaf
-from ...core.query import MAX_RECORDS, Contribution, Query, Steps, Strategy
+from ...core.query import MAX_RECORDS, Contribution, Query, Rounds, Steps, Strategy
 from ...core.records import BoundedShard
 from ...core.schema import Schema
 from .adaptive_clip import AdaptiveClip, check_settings, with_bit
@@ -204,9 +205,9 @@ class Training(Strategy):
         leaf = Leaf(noise_multiplier, float(self.sampling_prob), self.records_per_user or 1)
         return event_of({leaf: self.num_rounds})
 
-    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
+    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
         """Ask for updates and move the weights by them."""
-        return (yield from self.rounds_from(schema, noise_multiplier, rng, None))
+        return without_checkpoints(self.rounds_from(schema, noise_multiplier, rng, None))
 
     def rounds_from(
         self,

@@ -59,7 +59,9 @@ def strategy_shape():
 @pytest.mark.parametrize("done", [1, 3, 5, 8])
 def test_a_training_that_goes_on_ends_and_asks_as_one_that_never_stopped(way, done):
     strategy, sums = WAYS[way], sums_of(WAYS[way])
-    whole, asked, kept = driven(strategy.rounds(SCHEMA, 1.0, np.random.default_rng(0)), sums)
+    whole, asked, kept = driven(
+        strategy.rounds_from(SCHEMA, 1.0, np.random.default_rng(0), None), sums
+    )
 
     rounds = strategy.rounds_from(SCHEMA, 1.0, np.random.default_rng(9), kept[done])
     if done == strategy.num_rounds:
@@ -77,7 +79,9 @@ def test_a_training_that_goes_on_ends_and_asks_as_one_that_never_stopped(way, do
 
 def test_a_checkpoint_of_another_model_is_refused_by_its_size():
     strategy = WAYS["fedadam"]
-    _, _, kept = driven(strategy.rounds(SCHEMA, 1.0, np.random.default_rng(0)), sums_of(strategy))
+    _, _, kept = driven(
+        strategy.rounds_from(SCHEMA, 1.0, np.random.default_rng(0), None), sums_of(strategy)
+    )
     larger = replace(strategy, hidden=4)
 
     with pytest.raises(ConfigError, match="a checkpoint of another model"):
@@ -86,7 +90,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_size():
 
 def test_a_checkpoint_holds_no_sum_of_any_client():
     strategy = WAYS["banded noise"]
-    _, _, kept = driven(strategy.rounds(SCHEMA, 1.0, np.random.default_rng(0)), sums_of(strategy))
+    _, _, kept = driven(
+        strategy.rounds_from(SCHEMA, 1.0, np.random.default_rng(0), None), sums_of(strategy)
+    )
 
     assert {key.split(".")[0] for key in kept[5]} == {
         "weights",
