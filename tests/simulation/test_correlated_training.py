@@ -23,6 +23,7 @@ from fedsynth.server.conduct import _draft
 from fedsynth.server.ledger import Ledger
 from fedsynth.server.planned import plan_of
 from fedsynth.server.release import Release, verify
+from fedsynth.simulation.check import check_strategy, small_table
 from fedsynth.simulation.faults import small_run, survive
 from fedsynth.simulation.run import run_local
 from fedsynth.strategies.registry import build_strategy
@@ -152,3 +153,14 @@ def test_a_training_whose_clip_follows_is_released_and_replays(tmp_path):
 def test_settings_that_do_not_go_together_are_refused(settings, said):
     with pytest.raises(ConfigError, match=said):
         build_strategy("dp_fedavg", settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"clip_quantile": 0.5}, TURNS, TURNS | {"correlation": "blt"}]
+)
+def test_a_training_keeps_all_that_a_strategy_owes(settings):
+    short = {"num_rounds": 3, "num_users": 40, "hidden": 8, "latent": 2, **settings}
+
+    findings = check_strategy(build_strategy("dp_fedavg", short), small_table())
+
+    assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
