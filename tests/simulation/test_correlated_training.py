@@ -155,6 +155,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, said):
         build_strategy("dp_fedavg", settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"clip_quantile": 0.5}, TURNS, TURNS | {"correlation": "blt"}]
 )
