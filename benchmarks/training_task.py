@@ -6,7 +6,7 @@ summed, noised once at the server, 50 users a round. Peers train the very module
 `peers/classifier.py`; ours is the same losses as a `Trainable`, and starts at the same weights.
 """
 
-import report  # isort: skip  (first: it holds numpy and torch to one thread)
+import report  # noqa: F401  # isort: skip  (first: it holds numpy and torch to one thread)
 
 import json
 import os
@@ -14,14 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from fedsynth.core.records import Records
+from fedsynth.core.column import Column, ImageColumn
+from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Schema
 from fedsynth.core.synthesizer import Synthesizer
 from fedsynth.strategies.parts.trainable import RecordShape, Trainable
@@ -168,6 +169,51 @@ def people() -> Records:
     return Records(rng.integers(0, 10, (USERS * IMAGES, 1)).astype(np.int32), images)
 
 
+def schema() -> Schema:
+    """Of the records."""
+    origin = "public: made up for this benchmark"
+    label = Column("label", "category", origin, categories=tuple("0123456789"))
+    return Schema((label,), image=ImageColumn("image", (28, 28, 1), origin))
+
+
+def bare_loop(
+    form: str, shard: BoundedShard, order: NDArray[np.int64]
+) -> Callable[[], NDArray[np.float64]]:
+    """The sum of users' clipped updates as a practitioner would write it.
+
+    Args:
+      form: `cnn` or `mlp`.
+      shard: The users.
+      order: In which each takes their images, `(20,)`.
+    """
+    import torch
+    from classifier import loss, module
+
+    net, start = module(form, start_of(form)), torch.from_numpy(start_of(form))
+    optimizer = torch.optim.SGD(net.parameters(), lr=LOCAL_LR)
+    taken = (np.arange(shard.num_users)[:, None] * IMAGES + order).ravel()
+    records = shard.records.take(taken)
+    images = torch.from_numpy(np.array(records.images)).permute(0, 3, 1, 2)
+    images = images.float().div_(255).contiguous()
+    labels = torch.from_numpy(records.codes[:, 0].astype(np.int64))
+    starting = {key: value.clone() for key, value in net.state_dict().items()}
+
+    def summed() -> NDArray[np.float64]:
+        total = torch.zeros_like(start)
+        for user in range(shard.num_users):
+            net.load_state_dict(starting)
+            for first in range(user * IMAGES, (user + 1) * IMAGES, BATCH):
+                optimizer.zero_grad()
+                loss(net, images[first : first + BATCH], labels[first : first + BATCH]).backward()
+                optimizer.step()
+            after = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+            update = after - start
+            total += update * (CLIP / update.norm().clamp(min=CLIP))
+        return np.asarray(total.numpy(), dtype=np.float64)
+
+    return summed
+
+
 @dataclass(frozen=True)
 class Spent:
     """What a run of training cost.
@@ -224,16 +270,12 @@ def ours(form: str, rounds: int, out: Path) -> None:
     from fedsynth.client.shard import Shard
     from fedsynth.core.config import parse_config
     from fedsynth.core.randomness import OsKeyStream
-    from fedsynth.core.schema import Column, ImageColumn
     from fedsynth.server.planned import plan_of
     from fedsynth.simulation.run import run_local
 
-    origin = "public: made up for this benchmark"
-    label = Column("label", "category", origin, categories=tuple("0123456789"))
-    schema = Schema((label,), image=ImageColumn("image", (28, 28, 1), origin))
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        (base / "schema.json").write_text(json.dumps(schema.to_json()), encoding="utf-8")
+        (base / "schema.json").write_text(json.dumps(schema().to_json()), encoding="utf-8")
         config = parse_config(
             {
                 "population": {"name": "t", "num_users": USERS, "epsilon": 10.0, "delta": 1e-5},
@@ -257,7 +299,7 @@ def ours(form: str, rounds: int, out: Path) -> None:
 
 
 def pfl(form: str, rounds: int, *, noise_multiplier: float, orders: NDArray[np.int64]) -> Spent:
-    """pfl's simulation, in its own environment.
+    """What pfl's simulation takes, in its own environment.
 
     Raises:
       Unavailable: It cannot be installed here, or did not end.
@@ -370,6 +412,4 @@ def _cpu_of_descendants(root: int) -> float:
 
 
 if __name__ == "__main__":
-    {"ours": ours, "flower": flower}[sys.argv[1]](
-        sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
-    )
+    {"ours": ours, "flower": flower}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
