@@ -15,7 +15,7 @@ from fedsynth.core import accounting
 from fedsynth.core.config import parse_config
 from fedsynth.core.errors import ClientCode, ConfigError
 from fedsynth.core.leaf import Leaf
-from fedsynth.core.query import NoisySum
+from fedsynth.core.query import NoisySum, Query
 from fedsynth.core.randomness import OsKeyStream
 from fedsynth.core.records import Records
 from fedsynth.core.schema import Column, ImageColumn, Schema
@@ -102,11 +102,12 @@ def test_a_client_that_is_asked_a_round_again_sends_the_same_bytes(tmp_path):
     )
     first = replace(_draft(plan), query=next(steps), head=(1, "a"))
     heard = respond(first, site, OsKeyStream())
+    asked = steps.send(NoisySum(heard.total * 1e-9, 1.0, 1))
+    while not isinstance(asked, Query):  # a checkpoint
+        asked = next(steps)
 
     again = respond(first, site, OsKeyStream())
-    second = replace(
-        first, round=2, query=steps.send(NoisySum(heard.total * 1e-9, 1.0, 1)), head=(2, "b")
-    )
+    second = replace(first, round=2, query=asked, head=(2, "b"))
     told = [respond(second, site, OsKeyStream()) for _ in range(2)]
     back = respond(replace(first, round=3, head=(3, "c")), site, OsKeyStream())
 
