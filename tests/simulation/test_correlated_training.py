@@ -15,7 +15,7 @@ from fedsynth.core import accounting
 from fedsynth.core.config import parse_config
 from fedsynth.core.errors import ClientCode, ConfigError
 from fedsynth.core.leaf import Leaf
-from fedsynth.core.query import NoisySum
+from fedsynth.core.query import NoisySum, Query
 from fedsynth.core.randomness import OsKeyStream
 from fedsynth.core.records import Records
 from fedsynth.core.schema import Column, ImageColumn, Schema
@@ -23,6 +23,7 @@ from fedsynth.server.conduct import _draft
 from fedsynth.server.ledger import Ledger
 from fedsynth.server.planned import plan_of
 from fedsynth.server.release import Release, verify
+from fedsynth.simulation.check import check_strategy, small_table
 from fedsynth.simulation.faults import small_run, survive
 from fedsynth.simulation.run import run_local
 from fedsynth.strategies.registry import build_strategy
@@ -101,11 +102,12 @@ def test_a_client_that_is_asked_a_round_again_sends_the_same_bytes(tmp_path):
     )
     first = replace(_draft(plan), query=next(steps), head=(1, "a"))
     heard = respond(first, site, OsKeyStream())
+    asked = steps.send(NoisySum(heard.total * 1e-9, 1.0, 1))
+    while not isinstance(asked, Query):  # a checkpoint
+        asked = next(steps)
 
     again = respond(first, site, OsKeyStream())
-    second = replace(
-        first, round=2, query=steps.send(NoisySum(heard.total * 1e-9, 1.0, 1)), head=(2, "b")
-    )
+    second = replace(first, round=2, query=asked, head=(2, "b"))
     told = [respond(second, site, OsKeyStream()) for _ in range(2)]
     back = respond(replace(first, round=3, head=(3, "c")), site, OsKeyStream())
 
@@ -152,3 +154,15 @@ def test_a_training_whose_clip_follows_is_released_and_replays(tmp_path):
 def test_settings_that_do_not_go_together_are_refused(settings, said):
     with pytest.raises(ConfigError, match=said):
         build_strategy("dp_fedavg", settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{"clip_quantile": 0.5}, TURNS, TURNS | {"correlation": "blt"}]
+)
+def test_a_training_keeps_all_that_a_strategy_owes(settings):
+    short = {"num_rounds": 3, "num_users": 40, "hidden": 8, "latent": 2, **settings}
+
+    findings = check_strategy(build_strategy("dp_fedavg", short), small_table())
+
+    assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
