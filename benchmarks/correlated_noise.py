@@ -51,9 +51,9 @@ SGD = {"server_optimizer": "sgd", "momentum": 0.9}
 COINS = {"sampling_prob": 1 / SEPARATION}
 TURN = {"sampling_prob": 1.0, "correlation": "banded", "separation": SEPARATION}
 WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "coins, sgd": (SGD | COINS, (0.05, 0.1, 0.2)),
+    "coins, sgd": (SGD | COINS, (0.1, 0.2, 0.4)),
     "coins, adam": (COINS, (0.005, 0.01, 0.02)),
-    "banded, sgd": (SGD | TURN, (0.05, 0.1, 0.2)),
+    "banded, sgd": (SGD | TURN, (0.1, 0.2, 0.4)),
     "banded, adam": (TURN, (0.005, 0.01, 0.02)),
 }
 APART = 1000  # the seed that steps are chosen by

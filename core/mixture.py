@@ -98,7 +98,7 @@ def mixture_rdp(
         return np.full(len(orders), np.inf)
     first = math.floor(min(low for low, ok in zip(lows, fits, strict=True) if ok) / step)
     last = math.ceil(max(high for high, ok in zip(highs, fits, strict=True) if ok) / step)
-    x = np.arange(first, last + 1) * step
+    x = np.arange(first, last + 1, dtype=np.float64) * step
     loss, _ = mixture.losses(x)
     absent = -0.5 * x**2 - 0.5 * math.log(2 * math.pi)
     found = np.full(len(orders), np.inf)

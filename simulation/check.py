@@ -31,7 +31,6 @@ from ..core.query import NoisySum, Query, Rounds, Strategy, check_reads, embedde
 from ..core.randomness import OsKeyStream
 from ..core.records import BoundedShard, Records
 from ..core.schema import Column, ImageColumn, Schema, TextColumn
-from ..core.series import Series
 from ..core.synthesizer import Synthesizer
 from ..core.texts import as_texts
 from ..models.live import make
@@ -40,6 +39,7 @@ from ..strategies.registry import built, settings_of
 
 if TYPE_CHECKING:
     from ..core.randomness import KeyStream
+    from ..core.series import Series
 
 _NOISE = 0.7
 _MANY = 10_000

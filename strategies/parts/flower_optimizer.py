@@ -20,6 +20,7 @@ from ...core.errors import ConfigError
 __all__ = ["FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedYogi", "FlowerOptimizer", "Strategy"]
 
 _WEIGHTS = "weights"
+_KNOWN = (FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad)  # whose state is arrays alone
 
 
 class FlowerOptimizer:
@@ -70,6 +71,40 @@ class FlowerOptimizer:
             raise self._useless("it gave weights of another shape, or that are no numbers")
         return after
 
+    def state(self) -> dict[str, NDArray[Any]] | None:
+        """What goes into a checkpoint; `None` where only a replay gives it: of a user's own."""
+        if type(self._strategy) not in _KNOWN:
+            return None
+        found = {"round": np.array([self._round, self._seed, self._nodes.num_asked])}
+        for key, value in vars(self._strategy).items():
+            if isinstance(value, dict):
+                found |= {f"{key}/{name}": np.asarray(part) for name, part in value.items()}
+            elif isinstance(value, list):
+                found |= {f"{key}[{i}": np.asarray(part) for i, part in enumerate(value)}
+        return found
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+          ConfigError: It is not this optimizer's.
+        """
+        left = dict(state)
+        if "round" not in left or type(self._strategy) not in _KNOWN:
+            raise ConfigError("a checkpoint of another optimizer; remove it, and all is replayed")
+        self._round, self._seed, self._nodes.num_asked = (int(v) for v in left.pop("round"))
+        rows: dict[str, list[tuple[int, NDArray[Any]]]] = {}
+        for key, value in left.items():
+            if "/" in key:
+                attribute, name = key.split("/", 1)
+                held = getattr(self._strategy, attribute, None)
+                setattr(self._strategy, attribute, {**(held or {}), name: np.array(value)})
+            else:
+                attribute, place = key.split("[", 1)
+                rows.setdefault(attribute, []).append((int(place), np.array(value)))
+        for attribute, parts in rows.items():
+            setattr(self._strategy, attribute, [part for _, part in sorted(parts, key=_place)])
+
     def _aggregated(
         self, before: NDArray[np.float64], after: NDArray[np.float64]
     ) -> ArrayRecord | None:
@@ -97,20 +132,25 @@ class FlowerOptimizer:
         )
 
 
+def _place(part: tuple[int, NDArray[Any]]) -> int:
+    """By what parts of a list are sorted."""
+    return part[0]
+
+
 class _Nodes(Grid):
     """A grid of as many nodes as a strategy waits for; nobody is ever sent anything."""
 
     def __init__(self) -> None:
-        self._num_asked = 0
+        self.num_asked = 0
 
     def get_node_ids(self) -> Iterable[int]:
         """Two ids, as Flower wants at the least; twice as many each time that was not enough."""
-        self._num_asked += 1
-        return range(1, 1 + (1 << min(self._num_asked, 16)))
+        self.num_asked += 1
+        return range(1, 1 + (1 << min(self.num_asked, 16)))
 
     def starts_again(self) -> None:
         """Forget how often it was asked in a round, but for the last time, which was enough."""
-        self._num_asked = max(0, self._num_asked - 1)
+        self.num_asked = max(0, self.num_asked - 1)
 
     @property
     def run(self) -> Any:
@@ -172,11 +212,11 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
     Flower picks clients by `random`; what a strategy draws must be the same in a replay.
     """
-    plain, bits = random.getstate(), np.random.get_bit_generator()
+    plain, bits = random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
     random.setstate(random.Random(seed).getstate())  # noqa: S311  (of public draws)
-    np.random.set_bit_generator(np.random.MT19937(seed))
+    np.random.set_bit_generator(np.random.MT19937(seed))  # type: ignore[attr-defined]
     try:
         yield
     finally:
         random.setstate(plain)
-        np.random.set_bit_generator(bits)
+        np.random.set_bit_generator(bits)  # type: ignore[attr-defined]

@@ -3,14 +3,16 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.checkpoint import Checkpoint, State
 from ...core.errors import ConfigError
 from ...core.leaf import Leaf
-from ...core.query import MAX_RECORDS, Contribution, Query, Rounds, Strategy
+from ...core.query import MAX_RECORDS, Contribution, Query, Steps, Strategy
 from ...core.records import BoundedShard
 from ...core.schema import Schema
 from .adaptive_clip import AdaptiveClip, check_settings, with_bit
@@ -50,7 +52,8 @@ class Training(Strategy):
         more clearly how many updates fitted; updates are clipped to sqrt(1 - share^2) of the clip.
       correlation: Noise of later rounds takes back what earlier rounds' added, so that the weights
         carry less of it: `banded`, or `blt` with coefficients of few powers. Users then take turns
-        instead of flipping coins, which needs `sampling_prob` 1.
+        instead of flipping coins, which needs `sampling_prob` 1. `server_optimizer` should then be
+        `sgd`: Adam divides by the spread of single rounds, which correlation makes wider.
       separation: With `correlation`: rounds from one turn of a user to the next.
       level: Whose vectors are clipped and summed. `user`: each user's update. `example`: each
         record's gradient, by a coin of its own (DP-SGD). What is promised is the same, to users;
@@ -201,18 +204,33 @@ class Training(Strategy):
         leaf = Leaf(noise_multiplier, float(self.sampling_prob), self.records_per_user or 1)
         return event_of({leaf: self.num_rounds})
 
-    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
+    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
         """Ask for updates and move the weights by them."""
+        return (yield from self.rounds_from(schema, noise_multiplier, rng, None))
+
+    def rounds_from(
+        self,
+        schema: Schema,
+        noise_multiplier: float,
+        rng: np.random.Generator,
+        state: State | None,
+    ) -> Steps:
+        """`rounds` from the state of a checkpoint on; `None`: from the beginning."""
         shape = RecordShape.of(schema)
         model = self.model_for(shape)
-        steps = self.updates_from(model.initial(rng), noise_multiplier, rng)
-        mean, counted = np.zeros_like(steps.weights), 0
-        for number in range(self.num_rounds):
+        start = np.zeros(model.num_weights) if state is not None else model.initial(rng)
+        steps = self.updates_from(start, noise_multiplier, rng if state is None else None)
+        mean = np.zeros(model.num_weights)
+        if state is not None:
+            steps.restore(state)
+            mean = np.array(state["mean"])
+        for number in range(steps.position, self.num_rounds):
             noisy = yield steps.ask(shape.inputs())
             weights = steps.take(noisy)
             if number >= self.num_rounds // 2:
-                counted += 1
-                mean += (weights - mean) / counted
+                mean = mean + (weights - mean) / (number - self.num_rounds // 2 + 1)
+            if steps.can_be_kept:
+                yield Checkpoint(partial(_state_of, steps, mean))
         return model.synthesizer(schema, mean.astype(np.float32))
 
     def answer(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
@@ -221,9 +239,18 @@ class Training(Strategy):
         return self.contribution(self.model_for(shape), shape, query, shard, rng)
 
     def updates_from(
-        self, weights: NDArray[np.float32], noise_multiplier: float, rng: np.random.Generator
+        self,
+        weights: NDArray[Any],
+        noise_multiplier: float,
+        rng: np.random.Generator | None,
     ) -> Updates:
-        """The server's half of the rounds, from some weights on."""
+        """The server's half of the rounds, from some weights on.
+
+        Args:
+          weights: Public, `(num_weights,)`.
+          noise_multiplier: Of each sum.
+          rng: Public randomness of the optimizer; `None`: a checkpoint will be restored.
+        """
         adaptive = None
         if self.clip_quantile is not None:
             adaptive = AdaptiveClip(
@@ -241,7 +268,7 @@ class Training(Strategy):
             num_users=self.num_users,
             records=self.records_per_user or 0,
             mean_records=self.mean_records or 1.0,
-            optimizer=self._optimizer().build(seed=int(rng.integers(1 << 31))),
+            optimizer=self._optimizer().build(seed=int(rng.integers(1 << 31)) if rng else 0),
             adaptive=adaptive,
             series=series_of(
                 self.correlation, num_rounds=self.num_rounds, separation=self.separation
@@ -277,3 +304,8 @@ class Training(Strategy):
         return ServerOptimizer(
             self.server_optimizer, self.server_lr, self.momentum, self.server_settings
         )
+
+
+def _state_of(steps: Updates, mean: NDArray[np.float64]) -> State:
+    """What goes into a checkpoint."""
+    return {**steps.state(), "mean": mean}

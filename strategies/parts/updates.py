@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.checkpoint import State
+from ...core.errors import ConfigError
 from ...core.query import MOST_IN_SERIES, NoisySum, Query
 from ...core.series import Series, Turn
 from .adaptive_clip import AdaptiveClip
@@ -26,6 +28,7 @@ class Updates:
 
     Attributes:
       weights: As they stand, `(num_weights,)`, float64.
+      position: Rounds taken.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Updates:
         self._records = records
         num_vectors = num_users * mean_records
         self._cohort = self._sampling_prob * num_vectors / (series.separation if series else 1)
-        self._position = 0
+        self.position = 0
 
     def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Query:
         """The question of one round.
@@ -85,12 +88,12 @@ class Updates:
             inputs={**inputs, "weights": self.weights.astype(np.float32)},
             records=self._records,
             resolution=RESOLUTION if self._series is None else MOST_IN_SERIES,
-            turn=None if self._series is None else Turn(self._series, self._position),
+            turn=None if self._series is None else Turn(self._series, self.position),
         )
 
     def take(self, noisy: NoisySum) -> NDArray[np.float64]:
         """Move the weights by an answer; a void one moves nothing. The weights, as they stand."""
-        self._position += 1
+        self.position += 1
         if self._decoder is not None:
             noisy = self._decoder.take(noisy)
         if self._adaptive is not None:
@@ -98,3 +101,41 @@ class Updates:
         if not noisy.is_void:
             self.weights = self._optimizer.moved(self.weights, noisy.vector / self._cohort)
         return self.weights
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether `state` is all that it takes to go on; not with an optimizer of a user's own."""
+        return self._optimizer.state() is not None
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What goes into a checkpoint; made of noisy sums and public numbers alone."""
+        found = {"weights": self.weights, "position": np.array(self.position)}
+        for name, part in self._parts().items():
+            found |= {f"{name}.{key}": value for key, value in (part.state() or {}).items()}
+        return found
+
+    def restore(self, state: State) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+          ConfigError: It is of another model, or of other settings.
+        """
+        weights = state.get("weights")
+        if weights is None or weights.shape != self.weights.shape or "position" not in state:
+            raise ConfigError(
+                f"a checkpoint of another model: expected {len(self.weights):,} weights. Remove it,"
+                " and all sums are replayed"
+            )
+        self.weights, self.position = np.array(weights), int(state["position"])
+        for name, part in self._parts().items():
+            own = {
+                key.removeprefix(f"{name}."): value
+                for key, value in state.items()
+                if key.startswith(f"{name}.")
+            }
+            part.restore(own)
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own, by name."""
+        parts = {"optimizer": self._optimizer, "clip": self._adaptive, "decoder": self._decoder}
+        return {name: part for name, part in parts.items() if part is not None}
