@@ -3,6 +3,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,10 +18,12 @@ from ...core.query import MAX_RECORDS, Contribution, Query, Rounds, Steps, Strat
 from ...core.records import BoundedShard
 from ...core.schema import Schema
 from .adaptive_clip import AdaptiveClip, check_settings, with_bit
+from .example_training import downhill
 from .factorization import Correlation, check_turns, series_of
 from .local_training import LocalTraining, PerUser, updates
 from .server_optimizer import ServerOptimizer
 from .trainable import RecordShape, Trainable
+from .unfit import refuse_unfit
 from .updates import Updates
 from .width import refuse_wide
 
@@ -199,7 +202,11 @@ class Training(Strategy):
         from ...core.accounting import event_of, single_event
 
         self._optimizer().build(seed=0)
-        refuse_wide(schema, self.name, self.model_for(RecordShape.of(schema)).num_weights)
+        shape = RecordShape.of(schema)
+        model = self.model_for(shape)
+        refuse_wide(schema, self.name, model.num_weights)
+        if find_spec("torch") is not None:  # else clients refuse, before they look at a record
+            refuse_unfit(model, shape, level=self.level)
         if self.correlation != "none":
             return single_event(noise_multiplier, rounds=self.num_rounds)
         leaf = Leaf(noise_multiplier, float(self.sampling_prob), self.records_per_user or 1)
@@ -292,9 +299,11 @@ class Training(Strategy):
         shape.check(shard.records)
         if (query.records > 0) != (self.level == "example"):
             raise ConfigError(f"a request that is not at the level of {self.level}s")
-        lr = 1.0 if self.level == "example" else self.local_lr  # the clip is the gradient's own
-        training = LocalTraining(self.local_steps, lr, self.local_batch, self.per_user)
+        refuse_unfit(model, shape, level=self.level)
         seed = int(rng.integers(1 << 62))
+        if self.level == "example":
+            return Contribution.rows(downhill(model, weights, shard, seed=seed))
+        training = LocalTraining(self.local_steps, self.local_lr, self.local_batch, self.per_user)
         rows = updates(model, weights, shard, training, seed=seed)
         if has_bit:
             rows = with_bit(rows, clip=query.clip, bit_share=self.clip_bit_share)
