@@ -137,7 +137,10 @@ sum. Digits: `dp_fedavg`, 100 rounds, 72 of 1,438 users a round, each way with t
 
 THROUGHPUT = """## Throughput
 
-`python benchmarks/throughput.py --json FILE`
+`python benchmarks/throughput.py --json FILE`: 50 users of 20 images each train a classifier, two local steps of ten images,
+updates clipped at 0.5, 50 users a round. Ours is a whole run on the local engine, with ledger, odometer and noise; pfl 0.6 runs in an
+environment of its own with the same torch, one process, `noise_cohort_size` the cohort's; Flower's simulation has one user a client, two
+actors, neither clip nor noise. "Start-up excluded" is the cost of the second half of the rounds. The loop of bare torch is the client's part alone.
 """
 
 KILLS = """## Kills

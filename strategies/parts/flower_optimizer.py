@@ -212,11 +212,11 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
     Flower picks clients by `random`; what a strategy draws must be the same in a replay.
     """
-    plain, bits = random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
+    plain, bits = random.getstate(), np.random.mtrand.get_bit_generator()
     random.setstate(random.Random(seed).getstate())  # noqa: S311  (of public draws)
-    np.random.set_bit_generator(np.random.MT19937(seed))  # type: ignore[attr-defined]
+    np.random.mtrand.set_bit_generator(np.random.MT19937(seed))
     try:
         yield
     finally:
         random.setstate(plain)
-        np.random.set_bit_generator(bits)  # type: ignore[attr-defined]
+        np.random.mtrand.set_bit_generator(bits)
