@@ -12,10 +12,10 @@ priced as one sum. Beside each formula stands what 2,000 coordinates of noise ca
 and went through the decoder.
 
 Then scikit-learn's digits, one a user, by `dp_fedavg`: coins and turns with correlated noise at
-equal epsilon, 100 rounds and expected cohorts of 72 of the 1,438 users. `sgd` moves weights by sums
-of rounds, which is what coefficients are chosen for; `adam` divides by the spread of rounds. The
-server's step is for each the best of three on a seed of its own. Accuracy is that of a judge
-trained on synthetic digits and tested on real ones of other people.
+equal epsilon, 100 rounds and expected cohorts of 72 of the 1,438 users. `sgd` (Flower's FedAvgM)
+moves weights by sums of rounds, which is what coefficients are chosen for; `adam` divides by the
+spread of rounds. The server's step is for each the best of three on a seed of its own. Accuracy is
+that of a judge trained on synthetic digits and tested on real ones of other people.
 
     python benchmarks/correlated_noise.py --json correlated_noise.json     ten CPU-minutes
     python benchmarks/correlated_noise.py --quick                          noise alone
@@ -47,7 +47,7 @@ from measure import Job, Run, Runs, distances
 NUM_ROUNDS, DELTA, NUM_COORDINATES = 256, 1e-6, 2000
 EPSILONS, TURNS = (1.0, 3.0, 8.0), (4, 8)
 LEVELS, SEPARATION, TRAINING_ROUNDS = (10.0, 4.0), 20, 100
-SGD = {"server_optimizer": "sgd", "momentum": 0.9}
+SGD = {"server_optimizer": "fedavgm", "momentum": 0.9}
 COINS = {"sampling_prob": 1 / SEPARATION}
 TURN = {"sampling_prob": 1.0, "correlation": "banded", "separation": SEPARATION}
 WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {

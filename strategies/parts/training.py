@@ -57,7 +57,7 @@ class Training(Strategy):
       correlation: Noise of later rounds takes back what earlier rounds' added, so that the weights
         carry less of it: `banded`, or `blt` with coefficients of few powers. Users then take turns
         instead of flipping coins, which needs `sampling_prob` 1. `server_optimizer` should then be
-        `sgd`: Adam divides by the spread of single rounds, which correlation makes wider.
+        `fedavgm`: Adam divides by the spread of single rounds, which correlation makes wider.
       separation: With `correlation`: rounds from one turn of a user to the next.
       level: Whose vectors are clipped and summed. `user`: each user's update. `example`: each
         record's gradient, by a coin of its own (DP-SGD). What is promised is the same, to users;
