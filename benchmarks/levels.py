@@ -230,9 +230,7 @@ def _strategy(population: Population, way: str, most: int, *, rounds: int) -> Tr
     return population.strategy(**settings)
 
 
-def _dial(
-    population: Population, way: str, most: int, epsilon: float, *, rounds: int
-) -> float:
+def _dial(population: Population, way: str, most: int, epsilon: float, *, rounds: int) -> float:
     """The noise multiplier that the promise to users calls for."""
     strategy = _strategy(population, way, most, rounds=rounds)
     event = accounting.calibrate(

@@ -3,8 +3,8 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
