@@ -2,7 +2,7 @@
 """The server's half of training: ask users for their updates, move the weights by the noisy sum."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,15 @@ from ...core.query import FINE, MOST_IN_SERIES, NoisySum, Query
 from ...core.series import Series, Turn
 from .adaptive_clip import AdaptiveClip
 from .factorization import Decoder
-from .server_optimizer import ServerOptimizer
+
+
+class Optimizer(Protocol):
+    """What moves weights by users' mean update."""
+
+    def moved(
+        self, weights: NDArray[np.float64], update: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """The weights after one mean update, both `(num_weights,)`."""
 
 
 class Updates:
@@ -33,7 +41,7 @@ class Updates:
         noise_multiplier: float,
         sampling_prob: float,
         num_users: int,
-        optimizer: ServerOptimizer,
+        optimizer: Optimizer,
         adaptive: AdaptiveClip | None = None,
         series: Series | None = None,
     ) -> None:
