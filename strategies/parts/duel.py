@@ -176,11 +176,12 @@ class Duel:
         """All of it, for a checkpoint."""
         arrays: dict[str, NDArray[Any]] = {"start": self.start, "probs": self._probs}
         arrays["real"] = self._real
-        square, steps = self._adam.square, self._adam.steps
-        parts = {"network": self._weights, "mean": self._mean, "square": square}
+        parts = self._parts()
         for name, weights in parts.items():
             arrays |= {f"{name}{number}": w for number, w in enumerate(weights)}
-        return arrays | {"counts": np.array([self._counted, self._round, self._told, steps])}
+        return arrays | {
+            "counts": np.array([self._counted, self._round, self._told, self._adam.steps])
+        }
 
     def restore(self, state: Mapping[str, NDArray[Any]], rng: np.random.Generator) -> None:
         """Go on where `state` was taken, with the randomness of then.
@@ -193,14 +194,15 @@ class Duel:
             raise ConfigError("a checkpoint of another network; start from another or anew")
         self.start, self._probs = state["start"].copy(), state["probs"].copy()
         self._real, self._rng = state["real"].copy(), rng
-        for name, weights in (
-            ("network", self._weights),
-            ("mean", self._mean),
-            ("square", self._adam.square),
-        ):
+        for name, weights in self._parts().items():
             for number, weight in enumerate(weights):
                 weight[:] = state[f"{name}{number}"]
         self._counted, self._round, self._told, self._adam.steps = map(int, state["counts"])
+
+    def _parts(self) -> dict[str, Weights]:
+        """All that is laid out as the network's weights."""
+        slope, square = self._adam.mean, self._adam.square
+        return {"network": self._weights, "mean": self._mean, "slope": slope, "square": square}
 
 
 def _widened(critic: ImageCritic) -> NDArray[np.float32]:

@@ -112,10 +112,15 @@ class ImageCritic(Trainable):
         }
 
     def initial(self, rng: np.random.Generator) -> NDArray[np.float32]:
-        """Hidden units that look at images at random; templates of zeros."""
+        """Hidden units that look at images at random; templates of zeros.
+
+        Without biases of their own, units would take dark and bright images, half of each, for gray
+        ones: a hyperbolic tangent is odd.
+        """
         parts = {name: np.zeros(shape) for name, shape in self.shapes.items()}
         spread = _ENTER / math.sqrt(self.num_seen)
         parts["enter.w"] = rng.normal(0, spread, parts["enter.w"].shape)
+        parts["enter.b"] = rng.normal(0, 1, parts["enter.b"].shape)
         parts["leave.w"] = rng.normal(0, _LEAVE, parts["leave.w"].shape)
         return np.concatenate([part.ravel() for part in parts.values()]).astype(np.float32)
 
