@@ -127,6 +127,13 @@ those two is chance: paired t-tests over seeds, Holm's correction over all of on
 of a reply took eight bytes; votes take four since, so halve kB up.
 """
 
+PLANTED_BUG = """## A planted bug
+
+`python benchmarks/planted_bug.py --json FILE`: `dp_fedavg_gan` on MNIST, 539 writers as users, epsilon 8, delta 1e-4. In the `buggy` population
+half of the writers send inverted images; `clean` are the same writers without the bug, `epsilon=0` the same run on noise alone. Of 1,000 synthetic
+images the share whose left and right edges are bright, which no writer fills; above a tenth is an alarm.
+"""
+
 THROUGHPUT = """## Throughput
 
 `python benchmarks/throughput.py --json FILE`
@@ -165,6 +172,7 @@ _SECTIONS = (
     ("pe_images", PE_IMAGES, True),
     ("pe_text", PE_TEXT, True),
     ("preferences", PREFERENCES, True),
+    ("planted_bug", PLANTED_BUG, True),
     ("throughput", THROUGHPUT, False),
     ("kills", KILLS, False),
 )  # of each benchmark: its name, its heading, and whether its metrics stand side by side
