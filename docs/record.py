@@ -135,6 +135,13 @@ amplification`: independent noise priced as k sums; `coins`: priced as if users 
 sum. Digits: `dp_fedavg`, 100 rounds, 72 of 1,438 users a round, each way with the best of three server's steps, chosen on a seed of its own.
 """
 
+PLANTED_BUG = """## A planted bug
+
+`python benchmarks/planted_bug.py --json FILE`: `dp_fedavg_gan` on MNIST, 539 writers as users, epsilon 8, delta 1e-4. In the `buggy` population
+half of the writers send inverted images; `clean` are the same writers without the bug, `epsilon=0` the same run on noise alone. Of 1,000 synthetic
+images the share whose left and right edges are bright, which no writer fills; above a tenth is an alarm.
+"""
+
 THROUGHPUT = """## Throughput
 
 `python benchmarks/throughput.py --json FILE`: 50 users of 20 images each train a classifier, two local steps of ten images,
@@ -177,6 +184,7 @@ _SECTIONS = (
     ("pe_text", PE_TEXT, True),
     ("preferences", PREFERENCES, True),
     ("correlated_noise", CORRELATED_NOISE, True),
+    ("planted_bug", PLANTED_BUG, True),
     ("throughput", THROUGHPUT, False),
     ("kills", KILLS, False),
 )  # of each benchmark: its name, its heading, and whether its metrics stand side by side

@@ -32,6 +32,7 @@ STRATEGIES = {
     "topics": "strategies.topics:Topics",
     "dp_merf": "strategies.dp_merf:DpMerf",
     "dp_fedavg": "strategies.dp_fedavg:DpFedAvg",
+    "dp_fedavg_gan": "strategies.dp_fedavg_gan:DpFedAvgGan",
     "dp_wgan": "strategies.dp_wgan:DpWgan",
     "rdp_gan": "strategies.rdp_gan:RdpGan",
     "relational": "strategies.relational:Relational",

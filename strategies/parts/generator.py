@@ -23,6 +23,7 @@ from .rounding import rounded_cells
 _MOST_LABELS = 256
 _AT_ONCE = 4096  # records sampled at a time
 _MOST_PULL = 0.02  # above it, a network says the same of every label
+_LEAST_BLUR = 1e-30  # below it lie numbers that processors multiply ten times slower
 _LEAK = 0.02  # gradient that passes a pixel which is full or empty, so that it can come back
 
 Weights = list[NDArray[np.float32]]
@@ -482,28 +483,34 @@ def _blur(shape: tuple[int, int, int], smoothing: float) -> NDArray[np.float32] 
         places = np.arange(side)
         weights = np.exp(-0.5 * ((places[:, None] - places) / smoothing) ** 2)
         sides.append(weights / weights.sum(axis=1, keepdims=True))
-    return np.kron(np.kron(sides[0], sides[1]), np.eye(channels)).astype(np.float32)
+    blur = np.kron(np.kron(sides[0], sides[1]), np.eye(channels))
+    return np.where(blur < _LEAST_BLUR, 0, blur).astype(np.float32)
 
 
 class Adam:
     """Adam's moving averages of the gradient and of its square.
+
+    Attributes:
+      mean: Of the gradient, one array a weight.
+      square: Of its square.
+      steps: Taken so far.
 
     Reference:
       Kingma and Ba (2015), "Adam: A Method for Stochastic Optimization", algorithm 1.
     """
 
     def __init__(self, weights: Weights, *, kept: float = 0.9, kept_square: float = 0.999) -> None:
-        self._mean = [np.zeros_like(w) for w in weights]
-        self._square = [np.zeros_like(w) for w in weights]
+        self.mean = [np.zeros_like(w) for w in weights]
+        self.square = [np.zeros_like(w) for w in weights]
         self._kept, self._kept_square = kept, kept_square
-        self._steps = 0
+        self.steps = 0
 
     def step(self, weights: Weights, gradient: Weights, rate: float) -> None:
         """Move the weights, in place."""
-        self._steps += 1
-        fresh, fresh_square = 1 - self._kept**self._steps, 1 - self._kept_square**self._steps
+        self.steps += 1
+        fresh, fresh_square = 1 - self._kept**self.steps, 1 - self._kept_square**self.steps
         share, share_square = np.float32(1 - self._kept), np.float32(1 - self._kept_square)
-        for w, g, mean, square in zip(weights, gradient, self._mean, self._square, strict=True):
+        for w, g, mean, square in zip(weights, gradient, self.mean, self.square, strict=True):
             mean += share * (g - mean)
             square += share_square * (g * g - square)
             size = np.sqrt(square / np.float32(fresh_square)) + np.float32(1e-8)

@@ -2,7 +2,7 @@
 """The server's half of training: ask users for their updates, move the weights by the noisy sum."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,22 @@ from ...core.series import Series, Turn
 from .adaptive_clip import AdaptiveClip
 from .factorization import Decoder
 
-if TYPE_CHECKING:
-    from .flower_optimizer import FlowerOptimizer
-
 RESOLUTION = 16  # of an update: with it a sum travels in four bytes a weight
+
+
+class Optimizer(Protocol):
+    """What moves weights by users' mean update."""
+
+    def moved(
+        self, weights: NDArray[np.float64], update: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """The weights after one mean update, both `(num_weights,)`."""
+
+    def state(self) -> dict[str, NDArray[Any]] | None:
+        """What goes into a checkpoint; `None`: only a replay gives it."""
+
+    def restore(self, state: State) -> None:
+        """Go on where `state` was taken."""
 
 
 class Updates:
@@ -42,7 +54,7 @@ class Updates:
         num_users: int,
         records: int = 0,
         mean_records: float = 1.0,
-        optimizer: "FlowerOptimizer",
+        optimizer: Optimizer,
         adaptive: AdaptiveClip | None = None,
         series: Series | None = None,
     ) -> None:
