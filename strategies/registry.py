@@ -32,6 +32,7 @@ STRATEGIES = {
     "topics": "strategies.topics:Topics",
     "dp_merf": "strategies.dp_merf:DpMerf",
     "dp_fedavg": "strategies.dp_fedavg:DpFedAvg",
+    "dp_diffusion": "strategies.dp_diffusion:DpDiffusion",
     "dp_wgan": "strategies.dp_wgan:DpWgan",
     "rdp_gan": "strategies.rdp_gan:RdpGan",
     "relational": "strategies.relational:Relational",
@@ -49,6 +50,7 @@ SYNTHESIZERS = {
     "expanded": "strategies.parts.expanded:Expanded",
     "network": "strategies.parts.generator:Network",
     "autoencoder": "strategies.parts.autoencoder:Autoencoder",
+    "diffusion": "strategies.parts.diffusion:Diffusion",
     "guided": "strategies.dpdsyn:Guided",
 }
 
