@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handwriting as a few numbers and back, and a denoiser of them: networks trained on public scripts.
+"""Handwriting as a few numbers and back, and a denoiser of them, learned from public scripts.
 
 Encoder and decoder are computed in whole numbers, so that an image has the same numbers on every
 machine, whatever images stand beside it.
@@ -50,7 +50,9 @@ def decoded(latent: NDArray[np.floating[Any]], contrast: float) -> NDArray[np.ui
         them, has them; 1: not at all.
     """
     steps = np.rint(np.clip(latent.astype(np.float64), -_FARTHEST, _FARTHEST) * VALUE_STEPS)
-    logits = np.clip(through(steps, _weights(), "decoder.") / VALUE_STEPS, -_MOST_LOGIT, _MOST_LOGIT)
+    logits = np.clip(
+        through(steps, _weights(), "decoder.") / VALUE_STEPS, -_MOST_LOGIT, _MOST_LOGIT
+    )
     shades = np.rint(255 / (1 + np.exp(-contrast * logits)))
     return shades.astype(np.uint8).reshape(-1, SIDE, SIDE, 1)
 

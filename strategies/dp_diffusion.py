@@ -3,7 +3,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from ..core.records import BoundedShard
 from ..core.schema import Schema
 from .parts.class_moments import ClassMoments, Measuring
 from .parts.codec import Codec, Start, codec_for
-from .parts.denoiser import Denoiser, Layout, Scope, labels_of
+from .parts.denoiser import Denoiser, Layout, Scope, directions_of, labels_of
 from .parts.diffusion import Diffusion
 from .parts.generator import label_column
 from .parts.settings import check_range
@@ -46,11 +46,12 @@ class DpDiffusion(Training):
         category; `""`: none.
       start: `handwriting`: from networks of public scripts, for gray images of 28 x 28; `scratch`:
         from nothing, for images of any size.
-      scope: Which weights are trained: `all`, or the `head`, a twentieth of them. Few weights
-        have less noise.
+      scope: Which weights of the denoiser are trained: `all`; or the `head`, its last layer in
+        few directions, so that there is less noise and few rounds are enough.
       warm_share: Fraction of the budget that is spent on the moments; 0: they are not asked for;
         1: nothing else is.
       multiplicity: Draws of noise over which a record's loss is averaged.
+      rank: Directions in which a head is trained.
       width: Units of the denoiser's hidden layers; of one that was learned, as it was.
       num_sampling_steps: Steps from noise to an image, when records are sampled.
 
@@ -62,27 +63,26 @@ class DpDiffusion(Training):
     """
 
     name: ClassVar[str] = "dp_diffusion"
-    num_rounds: int = 10
+    num_rounds: int = 4
     sampling_prob: float = 1.0
-    local_steps: int = 3
-    local_batch: int | None = 40
-    local_lr: float = 0.05
-    server_optimizer: str = "sgd"
-    server_lr: float = 1.0
-    momentum: float = 0.5
-    clip: float = 0.1
+    local_lr: float = 1.0
+    server_optimizer: Literal["adam", "sgd"] = "sgd"
+    server_lr: float = 0.7
+    momentum: float = 0.0
+    clip: float = 3.0
     label: str | None = None
     start: Start = "handwriting"
     scope: Scope = "head"
     warm_share: float = 0.6
     multiplicity: int = 4
+    rank: int = 64
     width: int = 128
     num_sampling_steps: int = 16
 
     def check(self) -> None:
         """Refuse what cannot be."""
         check_range(1, 1000, multiplicity=self.multiplicity)
-        check_range(1, 4096, width=self.width)
+        check_range(1, 4096, width=self.width, rank=self.rank)
         check_range(2, 1000, num_sampling_steps=self.num_sampling_steps)
         if not 0 <= self.warm_share <= 1:
             raise ConfigError(f"warm_share must lie in [0, 1], not {self.warm_share!r}")
@@ -130,7 +130,10 @@ class DpDiffusion(Training):
             )
             moments = asked.read(noisy, codec)
         told = {**public, **moments.inputs(), "roots": moments.roots()}
-        first = layout.initial(codec.denoiser(), rng)
+        first = layout.initial(codec.denoiser(), _public())
+        told["directions"] = np.zeros((layout.width + 1, 0), dtype=np.float32)
+        if self.scope == "head":
+            told["directions"] = directions_of(first, moments, self._rank(layout), rng)
         model = self._denoiser(layout, codec, label, told, first)
         weights = model.initial(rng)
         if self.warm_share < 1:
@@ -174,8 +177,9 @@ class DpDiffusion(Training):
         codec = codec_for(self.start, shape.image)
         layout = self._layout(codec, shape, -1)
         unknown = ClassMoments.unknown(codec, 1)
-        told = {**unknown.inputs(), "roots": unknown.roots()}
-        first = layout.initial(codec.denoiser(), np.random.default_rng(0))
+        directions = np.zeros((layout.width + 1, self._rank(layout)), dtype=np.float32)
+        told = {**unknown.inputs(), "roots": unknown.roots(), "directions": directions}
+        first = layout.initial(codec.denoiser(), _public())
         return self._denoiser(layout, codec, -1, told, first)
 
     def _moments(
@@ -207,6 +211,7 @@ class DpDiffusion(Training):
             "means": ((classes, size), np.int32),
             "backs": ((classes, size, size), np.int32),
             "roots": ((classes, size, size), np.float32),
+            "directions": ((layout.width + 1, self._rank(layout)), np.float32),
         }
         told: dict[str, NDArray[np.generic]] = {}
         for name, (fits, dtype) in expected.items():
@@ -216,7 +221,7 @@ class DpDiffusion(Training):
             told[name] = array
         if (np.abs(told["backs"].astype(np.int64)) > 1 << 16).any():  # type: ignore[operator]
             raise ConfigError("the request's backs are beyond any that are measured")
-        first = layout.initial(codec.denoiser(), np.random.default_rng(0))
+        first = layout.initial(codec.denoiser(), _public())
         return self._denoiser(layout, codec, label, told, first)  # type: ignore[arg-type]
 
     def _denoiser(
@@ -228,10 +233,9 @@ class DpDiffusion(Training):
         first: dict[str, NDArray[np.float32]],
     ) -> Denoiser:
         """The denoiser of classes whose moments are told, from some weights on."""
-        scope: Scope = self.scope if self._is_learned else "all"
         return Denoiser(
             layout,
-            scope,
+            self.scope,
             self.multiplicity,
             label,
             codec,
@@ -239,7 +243,12 @@ class DpDiffusion(Training):
             told["backs"],  # type: ignore[arg-type]
             told["roots"],  # type: ignore[arg-type]
             first,
+            told["directions"],  # type: ignore[arg-type]
         )
+
+    def _rank(self, layout: Layout) -> int:
+        """Directions in which a head is trained."""
+        return min(self.rank, layout.width + 1) if self.scope == "head" else 0
 
     @property
     def _is_learned(self) -> bool:
@@ -285,6 +294,11 @@ class DpDiffusion(Training):
         warm = noise_multiplier / (reach * math.sqrt(self.warm_share)) if self.warm_share else 1.0
         rest = 1 - self.warm_share
         return warm, noise_multiplier / math.sqrt(rest) if rest else 1.0
+
+
+def _public() -> np.random.Generator:
+    """Source of a denoiser's random weights, which clients draw as the server does."""
+    return np.random.default_rng(0)
 
 
 def _label_of(query: Query, shape: RecordShape) -> int:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the weights that `dp_diffusion` starts from, on public handwriting: ten CPU-minutes.
 
-    python examples/omniglot_diffusion/train.py --data omniglot_small_28.npz \\
-        --out models/handwriting.safetensors
+    python examples/omniglot_diffusion/train.py --data FILE --out models/handwriting.safetensors
 
 The data: `images`, `(num_images, 28, 28)`, uint8, bright strokes on dark ground, and `char_class`,
 which character each is. The weights that are shipped were trained on eight alphabets of Omniglot
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
@@ -38,6 +37,8 @@ BATCH = 256
 CLOSENESS = 0.15  # of the posterior to the prior, beside how well an image comes back
 POOL = 150_000  # images that the autoencoder is trained on
 LEAST_USED = 0.3  # standard deviation of a latent number that says something
+WAYS, DRAWS = 24, 2  # distortions of a character, and draws of each of its images in each
+HELD_OUT = 20  # one character in so many is kept to tell whether others are learned by heart
 MOST_MERGED = 4  # characters that may count as one class
 WEIGHT_STEPS, VALUE_STEPS = 1 << 12, 1 << 8  # of one, in the whole numbers that are stored
 
@@ -50,25 +51,32 @@ def main() -> None:
     options.add_argument("--data", type=Path, required=True, help="images and their characters")
     options.add_argument("--out", type=Path, required=True, help="where the weights go")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--steps", type=int, default=10_000)
+    options.add_argument("--steps", type=int, default=10_000, help="of the autoencoder")
+    options.add_argument("--denoiser-steps", type=int, default=8000)
+    options.add_argument("--autoencoder", type=Path, help="take both its networks from this file")
     args = options.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     with np.load(args.data, allow_pickle=False) as arrays:
         images = torch.from_numpy(arrays["images"].astype(np.float32) / 255)
         _, character = np.unique(arrays["char_class"], return_inverse=True)
-    encoder, decoder = autoencoder(images, args.steps)
-    drawn, classes = alike(images, torch.from_numpy(character))
-    rescale(encoder, decoder, drawn, classes)
+    if args.autoencoder is None:
+        encoder, decoder = autoencoder(images, args.steps)
+        rescale(encoder, decoder, *alike(images, torch.from_numpy(character)))
+        networks = {**rounded("encoder", encoder), **rounded("decoder", decoder)}
+    else:
+        kept = load_file(args.autoencoder).items()
+        networks = {n: array for n, array in kept if n.startswith(("encoder.", "decoder."))}
+        encoder = restored(networks, "encoder")
+    torch.manual_seed(args.seed + 1)
+    drawn, classes = alike(images, torch.from_numpy(character), num_ways=WAYS)
     groups = Groups.of(_latents(encoder, drawn), classes.numpy(), np.random.default_rng(args.seed))
+    denoiser = trained(groups, args.denoiser_steps)
     arrays = {
-        **rounded("encoder", encoder),
-        **rounded("decoder", decoder),
+        **networks,
         "between": groups.between.astype(np.float32),
+        **{f"denoiser.{n}": w.detach().numpy().astype(np.float16) for n, w in denoiser.items()},
     }
-    save_file(arrays, args.out)  # to look at meanwhile
-    denoiser = trained(groups, args.steps)
-    arrays |= {f"denoiser.{n}": w.detach().numpy().astype(np.float16) for n, w in denoiser.items()}
     metadata = {
         "what": "autoencoder and denoiser of handwritten characters, 28 x 28",
         "data": "Omniglot, Lake et al. (2015), MIT licence",
@@ -93,14 +101,14 @@ def autoencoder(images: torch.Tensor, num_steps: int) -> tuple[nn.Sequential, nn
             mean, log_variance = encoder(drawn).float().chunk(2, dim=1)
             latent = mean + torch.exp(log_variance / 2) * torch.randn_like(mean)
             logits = decoder(latent)
-        unlike = functional.binary_cross_entropy_with_logits(
-            logits.float(), drawn, reduction="sum"
-        )
+        unlike = functional.binary_cross_entropy_with_logits(logits.float(), drawn, reduction="sum")
         far = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum()
         loss = (unlike + CLOSENESS * min(1.0, step / (0.2 * num_steps)) * far) / BATCH
         _down(loss, optimizer, schedule)
         if step % 1000 == 0 or step == num_steps - 1:
-            print(f"step {step}: {unlike.item() / BATCH:.1f} + {far.item() / BATCH:.1f}", flush=True)
+            print(
+                f"step {step}: {unlike.item() / BATCH:.1f} + {far.item() / BATCH:.1f}", flush=True
+            )
     return encoder, decoder
 
 
@@ -111,30 +119,42 @@ def _any_character(images: torch.Tensor) -> torch.Tensor:
     return (255 * drawn).round().to(torch.uint8).flatten(1)
 
 
-def alike(images: torch.Tensor, character: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def alike(
+    images: torch.Tensor, character: torch.Tensor, num_ways: int = 8
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Characters varied as one writer's hand varies, `(num_drawn, pixels)`, and their classes.
 
-    Each way of turning and mirroring a character makes another class of it.
+    Each way of turning, mirroring and distorting a character makes another class of it.
     """
     drawn, classes = [], []
     num_classes = int(character.max()) + 1
-    for way in range(8):
+    for way in range(num_ways):
         turned = images.flip(1) if way & 1 else images
         turned = turned.flip(2) if way & 2 else turned
         turned = turned.transpose(1, 2) if way & 4 else turned
-        for _ in range(3):
-            drawn += [_by_hand(part) for part in turned.split(BATCH)]
+        shape = torch.randn(num_classes, 5) * (way >= 8)  # the same for a whole class
+        for _ in range(DRAWS):
+            for part, kind in zip(turned.split(BATCH), character.split(BATCH), strict=True):
+                drawn.append(_by_hand(part, shape[kind]))
             classes.append(character + way * num_classes)
     return torch.cat(drawn), torch.cat(classes)
 
 
-def _by_hand(images: torch.Tensor) -> torch.Tensor:
-    """Characters of about one size, a little turned, slanted and moved, by pens of some width."""
+def _by_hand(images: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
+    """Characters of about one size, a little turned, slanted and moved, by pens of some width.
+
+    Args:
+      images: `(num_images, side, side)`, from 0 to 1.
+      shape: How each one's class is distorted, standard normal numbers, `(num_images, 5)`.
+    """
     num, side = images.shape[:2]
     center, spread = _moments(images, torch.linspace(-1, 1, side))
-    size = 0.36 * torch.exp(0.08 * torch.randn(num, 1) + 0.06 * torch.randn(num, 2))
+    size = 0.36 * torch.exp(
+        0.08 * torch.randn(num, 1) + 0.06 * torch.randn(num, 2) + 0.2 * shape[:, :2]
+    )
     scale = (spread / size).clamp(0.4, 1.6)
-    turn, slant = 0.12 * torch.randn(num), 0.15 * torch.randn(num)
+    turn = 0.12 * torch.randn(num) + 0.5 * shape[:, 2]
+    slant = 0.15 * torch.randn(num) + 0.25 * shape[:, 3]
     turning = torch.stack([turn.cos(), -turn.sin() + slant, turn.sin(), turn.cos()], dim=1)
     matrix = turning.reshape(num, 2, 2) * scale[:, None, :]
     moved = center + 0.03 * torch.randn(num, 2)
@@ -142,7 +162,7 @@ def _by_hand(images: torch.Tensor) -> torch.Tensor:
         torch.cat([matrix, moved[:, :, None]], dim=2), [num, 1, side, side], align_corners=True
     )
     drawn = (1.3 * functional.grid_sample(images[:, None], grid, align_corners=True)).clamp(0, 1)
-    wide = 2 * torch.special.ndtr(0.7 * torch.randn(num, 1, 1, 1))
+    wide = 2 * torch.special.ndtr(0.7 * torch.randn(num) + 0.4 * shape[:, 4])[:, None, None, None]
     for widened in (_cross, _square):
         drawn = drawn + wide.clamp(0, 1) * (widened(drawn) - drawn)
         wide = wide - 1
@@ -158,7 +178,8 @@ def rescale(
     characters, and within one they are uncorrelated, of variance one.
     """
     last, first = encoder[-1], decoder[0]
-    assert isinstance(last, nn.Linear) and isinstance(first, nn.Linear)
+    if not (isinstance(last, nn.Linear) and isinstance(first, nn.Linear)):
+        raise SystemExit("an autoencoder whose latent numbers are not made by dense layers")
     latent = _latents(encoder, drawn)[:, :LATENT]
     used = latent.std(axis=0) > LEAST_USED
     means, within = _moments_of(latent, classes.numpy())
@@ -197,6 +218,8 @@ class Groups:
       members: Latent vectors of each class.
       means: Of each class, `(num_classes, num_latents)`.
       covariances: Of each class, drawn a little to that of all.
+      trained: Classes that are learned from; of the characters of the others none is.
+      held_out: The others.
       between: Covariance of the characters' means.
     """
 
@@ -207,10 +230,14 @@ class Groups:
     def of(cls, latent: Any, classes: Any, rng: np.random.Generator) -> "Groups":
         """The classes of labeled latent vectors."""
         places, _ = _moments_of(latent, classes)
-        own = [latent[classes == number] for number in range(len(places))]
+        order = np.argsort(classes, kind="stable")
+        own = np.split(latent[order], np.cumsum(np.bincount(classes))[:-1])
+        character = np.arange(len(places)) % (len(places) // WAYS)
+        apart = character % HELD_OUT == 0
         members = []
-        for place in places:
-            near = np.argsort(((places - place) ** 2).sum(axis=1))
+        for place, alone in zip(places, apart, strict=True):
+            far = 1e9 * (apart != alone)  # what is held out is merged with what is held out
+            near = np.argsort(((places - place) ** 2).sum(axis=1) + far)
             merged = rng.permutation(near[1 : 2 * MOST_MERGED])[: rng.integers(MOST_MERGED)]
             members.append(np.concatenate([own[near[0]], *(own[m] for m in merged)]))
         covariances = [0.9 * np.cov(m.T) + 0.1 * np.eye(latent.shape[1]) for m in members]
@@ -218,10 +245,14 @@ class Groups:
             members=[torch.from_numpy(m).float() for m in members],
             means=torch.from_numpy(np.stack([m.mean(axis=0) for m in members])).float(),
             covariances=torch.from_numpy(np.stack(covariances)).float(),
+            trained=torch.from_numpy(np.flatnonzero(~apart)),
+            held_out=torch.from_numpy(np.flatnonzero(apart)),
             between=np.cov(places.T),
         )
 
-    def batch(self, each: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(
+        self, each: int, classes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Members of some classes, as each class' means and covariances make them look.
 
         What is told of a class is a little wrong, as what is measured of private records is.
@@ -230,7 +261,7 @@ class Groups:
           Members less their mean and by their root covariance, the mean, that root, and the class.
         """
         num, size = BATCH * 2 // each, self.means.shape[1]
-        chosen = torch.randint(len(self.members), (num,))
+        chosen = classes[torch.randint(len(classes), (num,))]
         picked = torch.stack(
             [self.members[c][torch.randint(len(self.members[c]), (each,))] for c in chosen]
         )
@@ -251,7 +282,7 @@ def trained(groups: Groups, num_steps: int) -> dict[str, torch.Tensor]:
     """Weights of a denoiser, by their names in `strategies/parts/denoiser.py`."""
     size = groups.means.shape[1]
     shapes = {
-        "enter.w": (3 * size + 2 * WAVES, WIDTH),
+        "enter.w": (2 * size + 2 * WAVES, WIDTH),
         "enter.b": (WIDTH,),
         "inner.w": (WIDTH, WIDTH),
         "inner.b": (WIDTH,),
@@ -266,22 +297,36 @@ def trained(groups: Groups, num_steps: int) -> dict[str, torch.Tensor]:
     }
     for weight in weights.values():
         weight.requires_grad_()
-    optimizer = torch.optim.Adam(list(weights.values()), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(list(weights.values()), lr=1e-3, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=num_steps)
     total = 0.0
     for step in range(num_steps):
-        unit, means, root, index = groups.batch(each=16)
-        level = torch.exp(1.2 * torch.randn(len(unit), 1) - 0.4)
-        noisy = unit + level * torch.randn_like(unit)
-        guess = residual(weights, noisy, level, means[index], root[index])
-        aim = (unit - noisy / (1 + level**2)) * (1 + level**2).sqrt() / level
-        loss = ((guess - aim) ** 2).mean()
+        loss, _ = _lost(weights, groups, groups.trained)
         _down(loss, optimizer, schedule)
         total += loss.item()
         if step % 1000 == 999:
-            print(f"step {step}: {total / 1000:.4f}", flush=True)
+            with torch.no_grad():
+                tried = [_lost(weights, groups, groups.held_out) for _ in range(50)]
+            lost, gauss = (np.mean([float(t[i]) for t in tried]) for i in (0, 1))
+            print(
+                f"step {step}: {total / 1000:.4f}; of characters held out {lost:.4f}, their"
+                f" Gaussians {gauss:.4f}",
+                flush=True,
+            )
             total = 0.0
     return weights
+
+
+def _lost(
+    weights: dict[str, torch.Tensor], groups: Groups, classes: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss on members of classes, and what it would be without a network."""
+    unit, means, root, index = groups.batch(16, classes)
+    level = torch.exp(1.2 * torch.randn(len(unit), 1) - 0.4)
+    noisy = unit + level * torch.randn_like(unit)
+    guess = residual(weights, noisy, level, means[index], root[index])
+    aim = (unit - noisy / (1 + level**2)) * (1 + level**2).sqrt() / level
+    return ((guess - aim) ** 2).mean(), (aim**2).mean()
 
 
 def residual(
@@ -295,10 +340,22 @@ def residual(
     keep = 1 / (1 + level**2)
     place = means + torch.bmm(root, (keep * noisy)[:, :, None])[:, :, 0]
     angle = torch.log(level) * (np.pi / 8) * torch.arange(1, WAVES + 1)
-    seen = torch.cat([noisy * keep.sqrt(), place, means, torch.sin(angle), torch.cos(angle)], dim=1)
+    seen = torch.cat([noisy * keep.sqrt(), place, torch.sin(angle), torch.cos(angle)], dim=1)
     hidden = functional.silu(seen @ w["enter.w"] + w["enter.b"])
     hidden = hidden + functional.silu(hidden @ w["inner.w"] + w["inner.b"])
     return hidden @ w["leave.w"] + w["leave.b"]
+
+
+def restored(arrays: dict[str, Any], name: str) -> nn.Sequential:
+    """A network from the whole numbers that it was rounded to."""
+    weights = [arrays[f"{name}.weight{layer}"] / WEIGHT_STEPS for layer in range(3)]
+    biases = [arrays[f"{name}.bias{layer}"] / (WEIGHT_STEPS * VALUE_STEPS) for layer in range(3)]
+    network = _network([len(weights[0]), *(len(bias) for bias in biases)])
+    dense = [layer for layer in network if isinstance(layer, nn.Linear)]
+    for layer, weight, bias in zip(dense, weights, biases, strict=True):
+        layer.weight = nn.Parameter(torch.from_numpy(weight.T.astype(np.float32)))
+        layer.bias = nn.Parameter(torch.from_numpy(bias.astype(np.float32)))
+    return network
 
 
 def _network(sizes: list[int]) -> nn.Sequential:

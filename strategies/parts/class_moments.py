@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean and covariance of each class, by one noisy sum over users, as far as noise lets them be seen."""
+"""Mean and covariance of each class, by one noisy sum, as far as noise lets them be seen."""
 
 import math
 from dataclasses import dataclass

@@ -129,7 +129,9 @@ class Cosines(Codec):
     def encoded(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Each frequency, divided by what is expected of it."""
         basis, scales = _cosines(self.image)
-        shades = 2.0 * images.reshape(len(images), math.prod(self.image)) - 255  # whole numbers: sums are exact
+        shades = (
+            2.0 * images.reshape(len(images), math.prod(self.image)) - 255
+        )  # whole numbers: sums are exact
         found = np.rint(shades @ basis * (STEPS / (510 * _BASIS_STEPS)) / scales)
         return np.clip(found, -_FARTHEST * STEPS, _FARTHEST * STEPS).astype(np.int64)
 

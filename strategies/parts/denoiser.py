@@ -9,7 +9,7 @@ Gaussian a class.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,14 +21,15 @@ from ...core.records import Records
 from ...core.schema import Schema
 from ...core.synthesizer import Synthesizer
 from .class_moments import ClassMoments, seen_by_class
-from .codec import Codec, Start
+from .codec import Codec
 from .trainable import Trainable
 
 Scope = Literal["head", "all"]
 _WAVES = 8  # of the noise level, each as a sine and a cosine
 _CENTER, _SPREAD = -0.4, 1.2  # of the logarithm of levels that are trained on
 _OWN = ("enter.class", "inner.class")  # what each class adds to the hidden layers
-_HEAD = ("leave.w", "leave.b", *_OWN)
+_SIMULATED = 20_000  # records by which directions of the head are scaled
+_DAMPING = 0.3  # of directions in which hidden units hardly vary
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Layout:
         """Shape of each weight."""
         size, width = self.num_latents, self.width
         return {
-            "enter.w": (3 * size + 2 * _WAVES, width),
+            "enter.w": (2 * size + 2 * _WAVES, width),
             "enter.b": (width,),
             "inner.w": (width, width),
             "inner.b": (width,),
@@ -80,10 +81,14 @@ class Denoiser(Trainable):
     The loss of a record is averaged over `multiplicity` draws of a noise level and of noise before
     anything is clipped: the gradient varies less, and a user's part stays bounded as it was.
 
+    With `scope = "head"` the last layer alone is trained, as a small matrix in few directions of
+    the hidden units, scaled so that in each of them records vary alike: one step down the gradient
+    is then nearly all the way, and noise is alike in all of them. The directions are found by
+    records that are simulated from the classes' Gaussians, which costs no privacy.
+
     Attributes:
       layout: Its sizes.
-      scope: `all` weights are trained; or the `head`: the last layer, and what each class adds to
-        the hidden ones.
+      scope: `all` weights are trained, or the `head`.
       multiplicity: Draws a record and step.
       label: Position of the label column, or -1.
       codec: Makes latent numbers of images.
@@ -91,6 +96,7 @@ class Denoiser(Trainable):
       backs: Inverse roots of covariances, likewise.
       roots: Roots of covariances, `(num_classes, num_latents, num_latents)`.
       start: All weights, where training starts.
+      directions: For the head: `(width + 1, rank)`, of the hidden units and a one; else empty.
 
     Reference:
       Karras et al. (2022), "Elucidating the Design Space of Diffusion-Based Generative Models",
@@ -107,16 +113,19 @@ class Denoiser(Trainable):
     backs: NDArray[np.int32]
     roots: NDArray[np.float32]
     start: Mapping[str, NDArray[np.float32]]
-    moments: ClassMoments | None = field(default=None)  # at the server alone
+    directions: NDArray[np.float32]
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of the weights that are trained."""
-        names = _HEAD if self.scope == "head" else tuple(self.layout.shapes)
-        return {name: self.layout.shapes[name] for name in names}
+        if self.scope == "head":
+            return {"head": (self.directions.shape[1], self.layout.num_latents)}
+        return self.layout.shapes
 
     def initial(self, rng: np.random.Generator) -> NDArray[np.float32]:
-        """The trained part of where training starts."""
+        """Where training starts: a head that changes nothing, or all weights."""
+        if self.scope == "head":
+            return np.zeros(self.num_weights, dtype=np.float32)
         return np.concatenate([self.start[name].ravel() for name in self.shapes])
 
     def read(self, torch: Any, records: Records) -> tuple[Any, ...]:
@@ -145,26 +154,26 @@ class Denoiser(Trainable):
     def losses(
         self, torch: Any, weights: Mapping[str, Any], seen: tuple[Any, ...], chance: tuple[Any, ...]
     ) -> Any:
-        """Mean over draws of the squared distance to what the network should add."""
+        """Half the squared distance to what the network should add, in the mean over draws."""
         (unit, labels), (level, noise) = seen, chance
         level = level[:, :, None]
         noisy = unit[:, None, :] + level * noise
         keep = 1 / (1 + level**2)
         roots, means = self._tensors(torch)
         place = means[labels][:, None, :] + torch.bmm(keep * noisy, roots[labels])
-        middle = means[labels][:, None, :].expand_as(place)
         angle = torch.log(level) * self._waves(torch)
-        entered = torch.cat(
-            [noisy * keep.sqrt(), place, middle, torch.sin(angle), torch.cos(angle)], dim=2
-        )
-        w = {name: weights.get(name, part) for name, part in self._start(torch).items()}
+        entered = torch.cat([noisy * keep.sqrt(), place, torch.sin(angle), torch.cos(angle)], dim=2)
+        w = self._start(torch) if self.scope == "head" else weights
         silu = torch.nn.functional.silu
         own = [w[name][labels][:, None, :] for name in _OWN]
         hidden = silu(entered @ w["enter.w"] + w["enter.b"] + own[0])
         hidden = hidden + silu(hidden @ w["inner.w"] + w["inner.b"] + own[1])
         guess = hidden @ w["leave.w"] + w["leave.b"]
+        if self.scope == "head":
+            directions = self._kept(torch)[4]
+            guess = guess + (hidden @ directions[:-1] + directions[-1]) @ weights["head"]
         aim = (unit[:, None, :] - keep * noisy) / (level * keep.sqrt())
-        return (guess - aim).square().mean(dim=(1, 2))
+        return (guess - aim).square().sum(dim=2).mean(dim=1) / 2
 
     def synthesizer(self, schema: Schema, weights: NDArray[np.float32]) -> Synthesizer:
         """The strategy makes it: it knows more than the weights."""
@@ -172,7 +181,12 @@ class Denoiser(Trainable):
 
     def whole(self, weights: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """All weights, of which some were trained."""
-        return dict(self.start) | dict(self.split(weights))
+        parts = self.split(weights)
+        if self.scope == "all":
+            return dict(parts)
+        added = self.directions @ parts["head"]
+        w = dict(self.start)
+        return w | {"leave.w": w["leave.w"] + added[:-1], "leave.b": w["leave.b"] + added[-1]}
 
     def _tensors(self, torch: Any) -> tuple[Any, Any]:
         """Roots and means of classes."""
@@ -187,7 +201,7 @@ class Denoiser(Trainable):
         found: dict[str, Any] = self._kept(torch)[3]
         return found
 
-    def _kept(self, torch: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
+    def _kept(self, torch: Any) -> tuple[Any, Any, Any, dict[str, Any], Any]:
         """Constants as tensors, made once."""
         known = self.__dict__.get("_constants")
         if known is None:
@@ -196,6 +210,7 @@ class Denoiser(Trainable):
                 torch.from_numpy(self.means.astype(np.float32) / 256),
                 torch.from_numpy(waves()),
                 {name: torch.from_numpy(np.array(part)) for name, part in self.start.items()},
+                torch.from_numpy(np.array(self.directions)),
             )
             self.__dict__["_constants"] = known
         return known  # type: ignore[no-any-return]
@@ -232,18 +247,56 @@ def guessed(
       roots: Of each class' covariance.
     """
     keep = np.float32(1 / (1 + level**2))
+    hidden = hidden_of(w, noisy, np.full((len(noisy), 1), level, np.float32), labels, means, roots)
+    added = hidden @ w["leave.w"] + w["leave.b"]
+    return keep * noisy + np.float32(level) * np.sqrt(keep) * added
+
+
+def hidden_of(
+    w: Mapping[str, NDArray[np.float32]],
+    noisy: NDArray[np.float32],
+    level: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    means: NDArray[np.float32],
+    roots: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Hidden units under the last layer, `(num_records, width)`; `level` is `(num_records, 1)`."""
+    keep = 1 / (1 + level**2)
     kept = keep * noisy
     place = np.empty_like(noisy)
     ends = np.searchsorted(labels, np.arange(len(means) + 1))
     for mean, root, first, last in zip(means, roots, ends[:-1], ends[1:], strict=True):
         place[first:last] = mean + kept[first:last] @ root
-    angle = np.float32(math.log(level)) * waves()
-    heard = np.broadcast_to(np.concatenate([np.sin(angle), np.cos(angle)]), (len(noisy), 2 * _WAVES))
-    entered = np.concatenate([noisy * np.sqrt(keep), place, means[labels], heard], axis=1)
+    angle = np.log(level) * waves()
+    entered = np.concatenate([noisy * np.sqrt(keep), place, np.sin(angle), np.cos(angle)], axis=1)
     hidden = _silu(entered @ w["enter.w"] + w["enter.b"] + w["enter.class"][labels])
-    hidden = hidden + _silu(hidden @ w["inner.w"] + w["inner.b"] + w["inner.class"][labels])
-    added = hidden @ w["leave.w"] + w["leave.b"]
-    return kept + np.float32(level) * np.sqrt(keep) * added
+    return hidden + _silu(hidden @ w["inner.w"] + w["inner.b"] + w["inner.class"][labels])
+
+
+def directions_of(
+    w: Mapping[str, NDArray[np.float32]],
+    moments: ClassMoments,
+    rank: int,
+    rng: np.random.Generator,
+) -> NDArray[np.float32]:
+    """Directions in which a head is trained, `(width + 1, rank)`, by simulated records alone.
+
+    Args:
+      w: All weights.
+      moments: Of the classes that records are simulated from.
+      rank: How many: those in which hidden units vary most.
+      rng: Source of the simulation.
+    """
+    labels = np.sort(rng.choice(len(moments.shares), _SIMULATED, p=moments.shares))
+    level = np.exp(_CENTER + _SPREAD * rng.standard_normal((_SIMULATED, 1))).astype(np.float32)
+    size = (_SIMULATED, moments.means.shape[1])
+    noisy = rng.standard_normal(size, dtype=np.float32) * np.sqrt(1 + level**2)
+    means, roots = moments.means.astype(np.float32), moments.roots()
+    hidden = hidden_of(w, noisy, level, labels, means, roots).astype(np.float64)
+    seen = np.concatenate([hidden, np.ones((_SIMULATED, 1))], axis=1)
+    values, vectors = np.linalg.eigh(seen.T @ seen / _SIMULATED)
+    kept = slice(None, -rank - 1, -1)
+    return (vectors[:, kept] / np.sqrt(np.maximum(values[kept], 0) + _DAMPING)).astype(np.float32)
 
 
 def _silu(values: NDArray[np.float32]) -> NDArray[np.float32]:

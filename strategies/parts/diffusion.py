@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -66,16 +67,14 @@ class Diffusion(Synthesizer):
             codes[:, self.label] = labels
         return Records(codes, images)
 
-    def _drawn(
-        self, labels: NDArray[np.int64], rng: np.random.Generator
-    ) -> NDArray[np.float32]:
+    def _drawn(self, labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.float32]:
         """Latent numbers of records of some classes, by Heun's method."""
         order = np.argsort(labels, kind="stable")
         sorted_labels = labels[order]
         levels = _levels(self.num_steps)
         size = (len(labels), self.means.shape[1])
         now = rng.standard_normal(size, dtype=np.float32) * np.float32((1 + levels[0] ** 2) ** 0.5)
-        for level, lower in zip(levels[:-1], levels[1:], strict=True):
+        for level, lower in pairwise(levels):
             slope = self._slope(now, level, sorted_labels)
             ahead = now + np.float32(lower - level) * slope
             if lower > 0:
