@@ -28,7 +28,7 @@ Scope = Literal["head", "all"]
 _WAVES = 8  # of the noise level, each as a sine and a cosine
 _CENTER, _SPREAD = -0.4, 1.2  # of the logarithm of levels that are trained on
 _OWN = ("enter.class", "inner.class")  # what each class adds to the hidden layers
-_SIMULATED = 20_000  # records by which directions of the head are scaled
+_SIMULATED = 6000  # records by which directions of the head are scaled
 _DAMPING = 0.3  # of directions in which hidden units hardly vary
 
 

@@ -80,8 +80,8 @@ def gradient(model, records, seed):
     return flat.grad.numpy()
 
 
-@pytest.mark.parametrize("warm_share", [0.0, 0.5, 1.0])
-def test_it_keeps_all_it_owes_with_and_without_moments(warm_share):
+@pytest.mark.parametrize("warm_share", [0.0, 1.0])
+def test_it_keeps_all_it_owes_without_moments_and_with_them_alone(warm_share):
     findings = check_strategy(replace(SCRATCH, warm_share=warm_share), small_images())
 
     assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
@@ -210,7 +210,7 @@ def test_multiplicity_lets_gradients_vary_less():
 
 
 def test_multiplicity_leaves_the_sensitivity_unchanged():
-    schema, shard = small_images(), made_up(small_images(), 5, seed=1)
+    schema, shard = small_images(), made_up(small_images(), [3, 1, 2, 5, 1], seed=1)
     bounds = []
     for multiplicity in (1, 8):
         strategy = replace(SCRATCH, multiplicity=multiplicity, warm_share=0.0, clip=1e-3)
@@ -225,7 +225,7 @@ def test_multiplicity_leaves_the_sensitivity_unchanged():
 
 
 def test_a_users_row_is_the_same_to_the_last_bit_whoever_stands_beside():
-    schema, shard = small_images(), made_up(small_images(), 7, seed=2)
+    schema, shard = small_images(), made_up(small_images(), [1, 4, 2, 7, 1, 3, 2], seed=2)
     for number, strategy in enumerate((SCRATCH, replace(SCRATCH, warm_share=0.0))):
         query = next(strategy.rounds(schema, 1.0, rng()))
         together = strategy.answer(query, shard, rng(number)).dense
