@@ -77,7 +77,7 @@ FROM_NOTHING: Mapping[str, Any] = {
     "local_batch": 30,
     "local_lr": 0.1,
     "clip": 1.0,
-    "server_optimizer": "adam",
+    "server_optimizer": "fedadam",
     "server_lr": 0.01,
     "momentum": 0.9,
 }

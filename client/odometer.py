@@ -25,16 +25,17 @@ import numpy as np
 
 from ..core.errors import ClientCode, ConfigError, FedsynthError, SecurityRefusal
 from ..core.privacy import Budget, NoisePlacement
-from ..core.wire import Ask, canonical, told
+from ..core.wire import Ask, canonical, echoes, series_of, told
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
 _APPLICATION_ID = 0x66736F64  # "fsod"
-_VERSION = 1
+_VERSION = 2
 _BUSY_S = 60.0
 _MAX_PLAN_ENTRIES = 4096  # kinds of sums in one plan
 _MAX_SAMPLED_KINDS = 128  # pricing takes a fifth of a second for each, and others wait
+_MAX_KINDS_OVER_RECORDS = 4  # of those, over several records of a user: up to five seconds each
 _MAX_ANSWER = 999_000_000  # bytes; SQLite holds a thousand million in a row
 _TABLES = """
 CREATE TABLE names (client TEXT PRIMARY KEY, name TEXT NOT NULL) WITHOUT ROWID;
@@ -46,9 +47,9 @@ CREATE TABLE runs (
   delta REAL NOT NULL, epsilon REAL NOT NULL,
   PRIMARY KEY (client, population, run)) WITHOUT ROWID;
 CREATE TABLE sums (
-  client TEXT, run TEXT, noise_multiplier REAL, sampling_prob REAL,
+  client TEXT, run TEXT, noise_multiplier REAL, sampling_prob REAL, records INTEGER, rounds INTEGER,
   planned INTEGER NOT NULL, reserved INTEGER NOT NULL CHECK (reserved <= planned),
-  PRIMARY KEY (client, run, noise_multiplier, sampling_prob)) WITHOUT ROWID;
+  PRIMARY KEY (client, run, noise_multiplier, sampling_prob, records, rounds)) WITHOUT ROWID;
 CREATE TABLE questions (
   client TEXT, run TEXT, round INTEGER, attempt INTEGER,
   digest TEXT NOT NULL, noise_here INTEGER NOT NULL, is_answered INTEGER NOT NULL DEFAULT 0,
@@ -57,7 +58,24 @@ CREATE TABLE answers (
   client TEXT, run TEXT, round INTEGER, attempt INTEGER,
   sha256 BLOB NOT NULL, total BLOB NOT NULL,
   PRIMARY KEY (client, run, round, attempt));
+CREATE TABLE series (
+  client TEXT, run TEXT, series TEXT, position INTEGER, total BLOB,
+  PRIMARY KEY (client, run, series, position));
 """
+_FROM_1 = """
+ALTER TABLE sums RENAME TO old_sums;
+CREATE TABLE sums (
+  client TEXT, run TEXT, noise_multiplier REAL, sampling_prob REAL, records INTEGER, rounds INTEGER,
+  planned INTEGER NOT NULL, reserved INTEGER NOT NULL CHECK (reserved <= planned),
+  PRIMARY KEY (client, run, noise_multiplier, sampling_prob, records, rounds)) WITHOUT ROWID;
+INSERT INTO sums SELECT client, run, noise_multiplier, sampling_prob, 1, 1, planned, reserved
+  FROM old_sums;
+DROP TABLE old_sums;
+CREATE TABLE series (
+  client TEXT, run TEXT, series TEXT, position INTEGER, total BLOB,
+  PRIMARY KEY (client, run, series, position));
+"""
+"""What makes a file of version 1, which knew of neither records nor series, one of version 2."""
 
 
 @dataclass(frozen=True)
@@ -202,17 +220,7 @@ class Odometer:
             ).fetchone()
             if row is not None:
                 return self._repeated(db, ask, row, digest)
-            counted = db.execute(
-                "UPDATE sums SET reserved = reserved + 1 WHERE client = ? AND run = ?"
-                " AND noise_multiplier = ? AND sampling_prob = ? AND reserved < planned",
-                (
-                    self._client,
-                    ask.run,
-                    float(ask.query.noise_multiplier),
-                    float(ask.query.sampling_prob),
-                ),
-            )
-            if counted.rowcount != 1:
+            if not self._charged(db, ask):
                 return ClientCode.OUTSIDE_PLAN
             choice = ask.query.choice
             drawn_here = choice is not None and choice.where == "client"
@@ -225,8 +233,26 @@ class Odometer:
             db.execute("DELETE FROM answers WHERE client = ? AND run = ? AND round < ?", key[:3])
         return None
 
-    def store(self, ask: Ask, total: bytes) -> None:
+    def earlier(self, ask: Ask) -> dict[int, bytes]:
+        """This client's exact sums of earlier rounds of a question's series, by position."""
+        if ask.query.turn is None:
+            return {}
+        first = ask.query.turn.position - len(ask.query.turn.series.coefficients) + 1
+        rows = self._store.rows(
+            "SELECT position, total FROM series WHERE client = ? AND run = ? AND series = ?"
+            " AND position BETWEEN ? AND ? AND total IS NOT NULL",
+            (self._client, ask.run, series_of(ask.query), first, ask.query.turn.position - 1),
+        )
+        return {int(position): bytes(total) for position, total in rows}
+
+    def store(self, ask: Ask, total: bytes, *, alone: bytes = b"") -> None:
         """Keep an answer, durably, before it is sent.
+
+        Args:
+          ask: The question.
+          total: The answer.
+          alone: In a series: the exact sum of this round alone, whose echoes later rounds carry.
+            It is for this client's own eyes.
 
         Raises:
           FedsynthError: The question was not reserved, was answered with other bytes, or the
@@ -245,6 +271,8 @@ class Odometer:
             )
             if reserved.rowcount == 1:
                 db.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)", (*key, sha256, total))
+                if ask.query.turn is not None:
+                    self._keep(db, ask, alone)
                 return
             kept = db.execute(
                 "SELECT sha256 FROM answers"
@@ -271,6 +299,55 @@ class Odometer:
             "SELECT DISTINCT population FROM runs WHERE client = ?", (self._client,)
         )
         return sorted(population for (population,) in rows)
+
+    def _charged(self, db: sqlite3.Connection, ask: Ask) -> bool:
+        """Take a question's sum out of the run's plan, if it is in there.
+
+        The first round of a series that this client sees takes the whole series. Of the others
+        each position comes once, and later than those before.
+        """
+        query, series = ask.query, series_of(ask.query)
+        if query.turn is not None:
+            (latest,) = db.execute(
+                "SELECT max(position) FROM series WHERE client = ? AND run = ? AND series = ?",
+                (self._client, ask.run, series),
+            ).fetchone()
+            if latest is not None and query.turn.position <= latest:
+                return False
+        if query.turn is None or latest is None:
+            counted = db.execute(
+                "UPDATE sums SET reserved = reserved + 1 WHERE client = ? AND run = ?"
+                " AND noise_multiplier = ? AND sampling_prob = ? AND records = ? AND rounds = ?"
+                " AND reserved < planned",
+                (self._client, ask.run, *query.leaf),
+            )
+            if counted.rowcount != 1:
+                return False
+        if query.turn is not None:
+            db.execute(
+                "INSERT INTO series VALUES (?, ?, ?, ?, NULL)",
+                (self._client, ask.run, series, query.turn.position),
+            )
+        return True
+
+    def _keep(self, db: sqlite3.Connection, ask: Ask, alone: bytes) -> None:
+        """Keep a round's exact sum for the echoes, and none that no round will echo any more."""
+        turn = ask.query.turn
+        if turn is None:
+            return
+        key = (self._client, ask.run, series_of(ask.query))
+        db.execute(
+            "UPDATE series SET total = ? WHERE client = ? AND run = ? AND series = ?"
+            " AND position = ?",
+            (alone, *key, turn.position),
+        )
+        is_last = turn.position == turn.series.num_rounds - 1
+        kept = 0 if is_last else len(turn.series.coefficients) - 1
+        db.execute(
+            "UPDATE series SET total = NULL WHERE client = ? AND run = ? AND series = ?"
+            " AND position <= ?",
+            (*key, turn.position - kept),
+        )
 
     def _joined(self, ask: Ask) -> tuple[str, float, float] | None:
         """Digest, delta and epsilon that the run was committed with."""
@@ -307,11 +384,8 @@ class Odometer:
                 ),
             )
             db.executemany(
-                "INSERT INTO sums VALUES (?, ?, ?, ?, ?, 0)",
-                [
-                    (self._client, ask.run, noise, prob, count)
-                    for (noise, prob), count in leaves(plan).items()
-                ],
+                "INSERT INTO sums VALUES (?, ?, ?, ?, ?, ?, ?, 0)",
+                [(self._client, ask.run, *leaf, count) for leaf, count in leaves(plan).items()],
             )
         return None
 
@@ -401,6 +475,7 @@ def digest_of(ask: Ask) -> str:
     """SHA-256 of all that a question says, its arrays included; the ledger's head is not in it."""
     query = ask.query
     arrays = dict(query.inputs) | {f"choice {k}": v for k, v in told(query.choice).items()}
+    arrays |= {f"series {k}": v for k, v in echoes(query.turn).items()}
     inputs = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
     said = {
         **_terms(ask),
@@ -416,6 +491,9 @@ def digest_of(ask: Ask) -> str:
         "sampling_prob": float(query.sampling_prob),
         "cells": query.cells,
         "resolution": query.resolution,
+        "records": query.records,
+        "series": series_of(query),
+        "position": None if query.turn is None else query.turn.position,
         "choice": None if query.choice is None else [query.choice.where, query.choice.count],
         "inputs": [[name, a.dtype.str, list(a.shape)] for name, a in inputs.items()],
     }
@@ -457,8 +535,13 @@ def _event(plan: str) -> "DpEvent":
         if not isinstance(entries, list) or len(entries) > _MAX_PLAN_ENTRIES:
             raise ConfigError(f"a plan is a list of at most {_MAX_PLAN_ENTRIES} kinds of sums")
         event = from_json(entries)
-        if sum(entry["sampling_prob"] < 1 for entry in entries) > _MAX_SAMPLED_KINDS:
-            raise ConfigError(f"a plan holds at most {_MAX_SAMPLED_KINDS} kinds of sampled sums")
+        sampled = [entry for entry in entries if entry["sampling_prob"] < 1]
+        over_records = sum(entry.get("records", 1) > 1 for entry in sampled)
+        if len(sampled) > _MAX_SAMPLED_KINDS or over_records > _MAX_KINDS_OVER_RECORDS:
+            raise ConfigError(
+                f"a plan holds at most {_MAX_SAMPLED_KINDS} kinds of sampled sums, of which"
+                f" {_MAX_KINDS_OVER_RECORDS} are over records"
+            )
         return event
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError("not a plan") from error
@@ -520,6 +603,10 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         for statement in _TABLES.split(";"):
             db.execute(statement)
         db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {_VERSION}")
+    elif (found, version) == (_APPLICATION_ID, 1):
+        for statement in _FROM_1.split(";"):
+            db.execute(statement)
         db.execute(f"PRAGMA user_version = {_VERSION}")
     elif (found, version) != (_APPLICATION_ID, _VERSION):
         raise _damaged(path)

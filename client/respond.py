@@ -19,16 +19,17 @@ from ..core.choice import chosen
 from ..core.embedding import EMBEDDER, Embedder
 from ..core.errors import ClientCode, ConfigError, ShardError
 from ..core.failpoints import at
-from ..core.mechanism import Lattice, clipped_sum, noised, sent, share_arrives, with_room
+from ..core.mechanism import Lattice, clipped_sum, encoded, noised, sent, share_arrives, with_room
 from ..core.privacy import NoisePlacement
 from ..core.query import Contribution, Query, Strategy, embedder_of
-from ..core.randomness import KeyStream, coins
+from ..core.randomness import KeyStream
 from ..core.records import BoundedShard
 from ..core.wire import Ask, Reply
 from ..strategies.registry import build_strategy
 from .placing import placed
 from .policy import unit_of
 from .site import Site
+from .turns import whose_turn
 
 _log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 26  # dense rows held at a time
@@ -49,8 +50,11 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
       before noise. Under `local` placement the noise of the whole promise is added here. Under
       `central` the exact clipped sum leaves, for a server that the owner's policy trusts. Under
       `distributed` a share is added, which protects nobody unless the sum is secure; the policy
-      and the engine see to that. A query that asks a choice bounds each user in L1 a block
-      instead; its exact sum leaves under `central` placement only, or what was drawn here does.
+      and the engine see to that. In a series what leaves carries echoes of earlier sums, and the
+      promise is that of the whole series. A query over records bounds each record instead of each
+      user, and each record joins by a coin of its own. A query that asks a choice bounds each user
+      in L1 a block instead; its exact sum leaves under `central` placement only, or what was drawn
+      here does.
     """
     refusal = _admission(ask, site)
     if refusal is not None:
@@ -90,14 +94,10 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
     if isinstance(reserved, bytes):
         total = np.frombuffer(reserved, dtype="<i8").astype(np.int64)
     else:
-        total = _noise_share(
-            _sum_over_users(ask, strategy, shard, block_users, stream),
-            ask,
-            unit.max_clients,
-            stream,
-        )
+        alone = _sum_over_users(ask, strategy, shard, block_users, stream)
+        total = _noise_share(_echoed(alone, ask, site), ask, unit.max_clients, stream)
         at("before-client-store")
-        site.odometer.store(ask, total.astype("<i8").tobytes())
+        site.odometer.store(ask, total.astype("<i8").tobytes(), alone=_packed(alone, ask.query))
         at("after-client-store")
     site_name = site.odometer.name
     reply = sent(total, ask.query)
@@ -136,6 +136,8 @@ def _admission(ask: Ask, site: Site) -> ClientCode | None:
         return refusal
     if ask.query.sampling_prob < 1 and unit_of(ask).max_clients > 1:
         return ClientCode.OUTSIDE_PLAN  # coins of several clients are not one coin; no price
+    if ask.query.records and unit_of(ask).max_records > ask.query.records:
+        return ClientCode.OUTSIDE_PLAN  # a user may have more records than were priced
     choice, shared = ask.query.choice, ask.placement is NoisePlacement.DISTRIBUTED
     if shared and not site.sum_is_secure:
         return ClientCode.POLICY_REFUSED
@@ -175,8 +177,7 @@ def _sum_over_users(
 ) -> NDArray[np.int64]:
     """Exact sum of clipped vectors of the users whose secret coin came up, `(dim,)`."""
     query = ask.query
-    if query.sampling_prob < 1:
-        shard = shard.only(coins(shard.num_users, query.sampling_prob, stream))
+    shard = whose_turn(shard, query, stream)
     total = np.zeros(query.dim, dtype=np.int64)
     failed: list[Exception] = []
     at("before-clip")
@@ -235,6 +236,30 @@ def origin_of(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "nowhere"
     return f"{type(error).__name__} at {where}"
+
+
+def _echoed(alone: NDArray[np.int64], ask: Ask, site: Site) -> NDArray[np.int64]:
+    """A round's sum with what it owes to earlier rounds of its series, if it is in one."""
+    turn = ask.query.turn
+    if turn is None:
+        return alone
+    kept = site.odometer.earlier(ask).items()
+    return encoded(alone, turn, {then: _unpacked(stored, ask.query) for then, stored in kept})
+
+
+def _packed(alone: NDArray[np.int64], query: Query) -> bytes:
+    """A round's exact sum as this client keeps it for the echoes; nothing outside of a series."""
+    if query.turn is None:
+        return b""
+    grains = alone // query.grain
+    fits = max(int(grains.max()), -int(grains.min())) <= np.iinfo(np.int32).max
+    return grains.astype("<i4" if fits else "<i8").tobytes()
+
+
+def _unpacked(stored: bytes, query: Query) -> NDArray[np.int64]:
+    """A sum that `_packed` packed."""
+    width = "<i4" if len(stored) == 4 * query.dim else "<i8"
+    return np.frombuffer(stored, dtype=width).astype(np.int64) * query.grain
 
 
 def _noise_share(

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, PlainValidator, TypeAdapter, ValidationError
 
 from . import accounting
 from .errors import DataError, FedsynthError
+from .leaf import Leaf
 from .privacy import NoisePlacement, PrivacyUnit, Relation
 from .schema import Column, ImageColumn, Schema, TextColumn
 
@@ -64,6 +65,9 @@ class CardRound:
       state: `sealed`, or `void`: charged, and nothing came of it.
       num_clients: Clients whose sums are in it; 0 for a void round.
       chooses: Candidates that were chosen in private, instead of a sum; 0: it is a sum.
+      records: Most vectors that a user had in the sum, each of which joined by a coin of its own.
+      rounds: Rounds of the series that it belongs to, which is charged once.
+      position: Which of those it is, from 0.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -76,6 +80,14 @@ class CardRound:
     state: State
     num_clients: int
     chooses: int = 0
+    records: int = 1
+    rounds: int = 1
+    position: int = 0
+
+    @property
+    def leaf(self) -> Leaf:
+        """The sum, or the series, that it belongs to."""
+        return Leaf(self.noise_multiplier, self.sampling_prob, self.records, self.rounds)
 
 
 @dataclass(frozen=True)
@@ -361,15 +373,29 @@ def _counted(card: Card) -> list[str]:
 
 
 def _sampling(card: Card) -> list[str]:
-    """How users took part, a sentence for each probability in the plan."""
-    counts: dict[float, int] = {}
+    """How users took part, a sentence for each kind of sum in the plan."""
+    counts: dict[tuple[float, int, int], int] = {}
     for entry in card.event:
-        prob = float(entry["sampling_prob"])
-        counts[prob] = counts.get(prob, 0) + int(entry["count"])
-    return [
-        f"{count} {'sum' if count == 1 else 'sums'} over all users"
-        if prob >= 1
-        else f"{count} {'sum' if count == 1 else 'sums'} that each user joined with probability"
-        f" {prob:g}, by a coin that only the user's client saw"
-        for prob, count in sorted(counts.items(), reverse=True)
-    ]
+        kind = (
+            float(entry["sampling_prob"]),
+            int(entry.get("records", 1)),
+            int(entry.get("rounds", 1)),
+        )
+        counts[kind] = counts.get(kind, 0) + int(entry["count"])
+    lines = []
+    for (prob, records, rounds), count in sorted(counts.items(), reverse=True):
+        sums = f"{count} {'sum' if count == 1 else 'sums'}"
+        whom = "each user" if records == 1 else f"each record, at most {records:,} of a user,"
+        if rounds > 1:
+            lines.append(
+                f"{count} series of {rounds:,} sums each, in which users took turns and noise was"
+                " correlated: the whole of a series costs what one sum does"
+            )
+        elif prob < 1:
+            lines.append(
+                f"{sums} that {whom} joined with probability {prob:g}, by a coin that only the"
+                " user's client saw"
+            )
+        else:
+            lines.append(f"{sums} over all users" + ("" if records == 1 else ", record by record"))
+    return lines

@@ -10,20 +10,26 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .checkpoint import Checkpoint
 from .electorate import Electorate
 from .embedding import Embedder
 from .errors import ConfigError
 from .generation import Generation
+from .leaf import Leaf
 from .records import BoundedShard
 from .schema import Schema
+from .series import ONE, Turn
 from .synthesizer import Synthesizer
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
 MAX_DIM = 100_000_000  # a sum of this length is 0.8 GB; a client keeps it in one SQLite row
+MAX_RECORDS = 10_000  # of one user, in a sum over records
 MAX_BLOCKS = 1_000_000  # of a choice, whose scores are computed one by one
 FINE, COARSEST = 22, 8  # resolutions: float32 holds a coordinate; a vote is told from half a vote
+FINEST = 26  # resolution of the grid on which a series' encoded sums lie
+MOST_IN_SERIES = 14  # resolution of users' vectors there: whole multiples of coefficients fit
 _NARROW = 16  # up to this resolution a client's sum travels in 32 bits a cell
 _HUGE = 1e30  # beyond any number that a score may be made of
 
@@ -156,11 +162,17 @@ class Query:
       resolution: Users' vectors are rounded to a grid of which the clip has 2^resolution to twice
         as many steps. Up to 16 a client's sum travels in 32 bits a cell, which hold what
         2^(30 - resolution) users of one client can put into it; a cell stays at that if more do.
+      records: 0: one vector a user. Else: one vector for each record, each clipped on its own and
+        each joining by a coin of its own; no user has more than so many records, which each client
+        holds against its own bound.
+      turn: The query's place in a series with correlated noise, whose rounds all have the same
+        name, length, clip, noise and resolution; `None`: it stands alone.
 
     Privacy:
       Adding or removing one user changes the sum by at most `clip` in L2 (with a choice: in the
-      L1 norm of each block) at each client that holds the user's records, whatever those records
-      are; the framework sees to it.
+      L1 norm of each block; with `records`: by `clip` for each record that joins) at each client
+      that holds the user's records, whatever those records are; the framework sees to it. For a
+      series see `core.series`.
     """
 
     name: str
@@ -172,6 +184,8 @@ class Query:
     cells: bool = False
     choice: Choice | None = None
     resolution: int = FINE
+    records: int = 0
+    turn: Turn | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.dim <= MAX_DIM:
@@ -201,6 +215,20 @@ class Query:
                 f"query {self.name!r}: a choice is made over all users, sampling_prob 1, of finest"
                 f" resolution, by blocks that fill the vector of {self.dim} cells"
             )
+        if not 0 <= self.records <= MAX_RECORDS:
+            raise ConfigError(
+                f"query {self.name!r}: records must be 0 to {MAX_RECORDS}, not {self.records!r}"
+            )
+        if self.choice is not None and (self.records or self.turn is not None):
+            raise ConfigError(f"query {self.name!r}: a choice is made by users, and stands alone")
+        if self.turn is not None and (
+            self.records or self.sampling_prob < 1 or self.resolution > MOST_IN_SERIES
+        ):
+            raise ConfigError(
+                f"query {self.name!r}: in a series users take turns instead of flipping coins, each"
+                f" has one vector, and resolution is at most {MOST_IN_SERIES}, not"
+                f" {self.resolution}"
+            )
 
     @property
     def answer_dim(self) -> int:
@@ -214,14 +242,38 @@ class Query:
         return self.answer_dim if at_client else self.dim
 
     @property
+    def finest(self) -> int:
+        """Resolution of the lattice that sums lie on."""
+        return FINE if self.turn is None else FINEST
+
+    @property
     def grain(self) -> int:
-        """Steps of the finest grid in one of this query's."""
-        return 1 << (FINE - self.resolution)
+        """Steps of the lattice in one of the grid that users' vectors are rounded to."""
+        return 1 << (self.finest - self.resolution)
+
+    @property
+    def reply_grain(self) -> int:
+        """Steps of the lattice in one of the grid that a client's sum is sent on."""
+        return self.grain if self.turn is None else self.grain // ONE
 
     @property
     def reply_dtype(self) -> np.dtype[Any]:
         """Of the integers that each client sends."""
-        return np.dtype(np.int32 if self.resolution <= _NARROW else np.int64)
+        is_narrow = self.resolution <= _NARROW and self.turn is None
+        return np.dtype(np.int32 if is_narrow else np.int64)
+
+    @property
+    def leaf(self) -> Leaf:
+        """What the query costs; a series' is that of all its rounds."""
+        rounds = 1 if self.turn is None else self.turn.series.num_rounds
+        return Leaf(
+            float(self.noise_multiplier), float(self.sampling_prob), max(1, self.records), rounds
+        )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the query is paid for already, as a later round of a series."""
+        return self.turn is not None and self.turn.position > 0
 
     @property
     def reply_bytes(self) -> int:
@@ -329,8 +381,8 @@ class Contribution:
 Rounds = Generator[Query, NoisySum, Synthesizer]
 """Queries alone, each answered by its noisy sum."""
 
-Steps = Generator[Query | Generation, Any, Synthesizer]
-"""Queries, and requests to public models, each answered by candidates."""
+Steps = Generator[Query | Generation | Checkpoint, Any, Synthesizer]
+"""Queries; requests to public models, each answered by candidates; and checkpoints."""
 
 
 class Strategy(ABC):
@@ -360,6 +412,10 @@ class Strategy(ABC):
     A strategy whose rounds may end before its event is spent says so, by an attribute or a property
     `stops_early` that is true. What was not asked by then is not charged.
 
+    A strategy whose public half is long work yields a `Checkpoint` after rounds, and has a method
+    `rounds_from(schema, noise_multiplier, rng, state)` that goes on from the state of one: `rng`
+    then stands where it stood. `rounds` is the same with no state.
+
     Whom its records describe, and how much each user counts in them, stands in an attribute or a
     property `describes`: plain sentences, which the card of a release shows; see `describes_of`.
 
@@ -375,7 +431,8 @@ class Strategy(ABC):
 
         Made of `GaussianDpEvent` and `PoissonSampledDpEvent` of it, composed: one for each query
         that `rounds` yields, choices included, with that query's `noise_multiplier` and
-        `sampling_prob`.
+        `sampling_prob`. For a query over `records` an `accounting.RecordsDpEvent`; for a whole
+        series one `accounting.SeriesDpEvent`.
 
         Args:
           schema: Public schema of the population.
@@ -391,7 +448,8 @@ class Strategy(ABC):
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
         """Server half: yield queries, receive noisy sums, return a synthesizer.
 
-        May also yield a `Generation`, and receives the candidates that a public model made.
+        May also yield a `Generation`, and receives the candidates that a public model made, or a
+        `Checkpoint`, for which it receives nothing.
 
         Must end in a synthesizer whatever the sums are, void ones included.
 

@@ -152,6 +152,11 @@ class BoundedShard:
             rows = slice(int(starts[first]), int(starts[last])) if self.num_users else slice(0, 0)
             yield self._part(rows, self.user_index[rows] - first, slice(first, last), last - first)
 
+    def by_record(self) -> "BoundedShard":
+        """The same records, each as a user of its own; users' ids are gone."""
+        num_records = len(self.records)
+        return BoundedShard(self.records, np.arange(num_records, dtype=np.int64), num_records, 1)
+
     def only(self, chosen: NDArray[np.bool_]) -> "BoundedShard":
         """The users where `chosen`, `(num_users,)`, is true."""
         keep = chosen[self.user_index]

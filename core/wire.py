@@ -5,6 +5,7 @@ The only file in `core` that knows Flower. Whatever comes in is checked before i
 names, types, sizes, ranges. Anything else is a `WireError`, which names no value of the message.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -17,15 +18,17 @@ from numpy.typing import NDArray
 
 from .errors import ClientCode, ConfigError, SecurityRefusal
 from .privacy import NoisePlacement
-from .query import MAX_BLOCKS, MAX_DIM, Choice, Query
+from .query import MAX_BLOCKS, MAX_DIM, MAX_RECORDS, Choice, Query
+from .series import MAX_ROUNDS, Series, Turn
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-PROTOCOL = 3
+PROTOCOL = 4
 MESSAGE_TYPE = "query.answer"
 MAX_INPUT_BYTES = 1 << 31
-MAX_CELL = 1 << 46  # lattice steps: eight million users in one cell; no sum of clients wraps
+MAX_CELL = 1 << 46  # lattice steps: eight million users in one cell, or half a
+# million in a series; no sum of clients wraps
 _MAX_TEXT = 1 << 20
 _MAX_ARRAYS, _MAX_SIDES = 1000, 8
 _DTYPES = {"float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"}
@@ -136,12 +139,17 @@ def ask_to_records(ask: Ask) -> "RecordDict":
                     "sampling-prob": query.sampling_prob,
                     "cells": query.cells,
                     "resolution": query.resolution,
+                    "records": query.records,
+                    "position": -1 if query.turn is None else query.turn.position,
+                    "num-rounds": 0 if query.turn is None else query.turn.series.num_rounds,
+                    "separation": 0 if query.turn is None else query.turn.series.separation,
                     "choice": "none" if query.choice is None else query.choice.where,
                     "choice-count": 0 if query.choice is None else query.choice.count,
                 }
             ),
             "inputs": ArrayRecord({k: _array(v, Array) for k, v in query.inputs.items()}),
             "choice": ArrayRecord({k: _array(v, Array) for k, v in told(query.choice).items()}),
+            "series": ArrayRecord({k: _array(v, Array) for k, v in echoes(query.turn).items()}),
         }
     )
 
@@ -152,8 +160,8 @@ def ask_from_records(records: Mapping[str, Any]) -> Ask:
     Raises:
       WireError: Anything is missing, superfluous, of another type, or out of range.
     """
-    if set(records) != {"ask", "inputs", "choice"}:
-        raise WireError("a request holds exactly the records 'ask', 'inputs' and 'choice'")
+    if set(records) != {"ask", "inputs", "choice", "series"}:
+        raise WireError("a request holds exactly the records 'ask', 'inputs', 'choice', 'series'")
     take = _Taker(records["ask"])
     if take.whole("protocol", 0, 1 << 30) != PROTOCOL:
         raise WireError(f"this client speaks protocol {PROTOCOL} only; install the same version")
@@ -167,6 +175,13 @@ def ask_from_records(records: Mapping[str, Any]) -> Ask:
             inputs=_inputs(records["inputs"]),
             cells=take.truth("cells"),
             resolution=take.whole("resolution", 0, 100),
+            records=take.whole("records", 0, MAX_RECORDS),
+            turn=_turn(
+                take.whole("position", -1, MAX_ROUNDS),
+                take.whole("num-rounds", 0, MAX_ROUNDS),
+                take.whole("separation", 0, MAX_ROUNDS),
+                records["series"],
+            ),
             choice=_choice(
                 take.text("choice", 20), take.whole("choice-count", 0, MAX_DIM), records["choice"]
             ),
@@ -247,9 +262,9 @@ def reply_from_records(records: Mapping[str, Any], query: Query) -> Reply:
     total = _decode(arrays["total"], {dtype}, max_bytes=query.reply_bytes)
     if total.shape != (dim,):
         raise WireError(f"a reply of shape {total.shape} where ({dim},) was asked for")
-    if max(int(total.max()), -int(total.min())) > MAX_CELL // query.grain:
+    if max(int(total.max()), -int(total.min())) > MAX_CELL // query.reply_grain:
         raise WireError("a reply with a cell larger than any client's users could give")
-    total = total.astype(np.int64) * query.grain
+    total = total.astype(np.int64) * query.reply_grain
     choice = query.choice
     drawn = choice.count if choice is not None and choice.where == "client" else 0
     if drawn and not (int(total.min()) >= 0 and int(total.max()) == 1 and total.sum() == drawn):
@@ -270,6 +285,47 @@ def told(choice: Choice | None) -> dict[str, NDArray[Any]]:
         "weights": choice.weights,
         "against": choice.against,
     }
+
+
+def series_of(query: Query) -> str:
+    """A name for the series that a query belongs to, by all that its rounds must share; or ""."""
+    if query.turn is None:
+        return ""
+    series = query.turn.series
+    said = {
+        "query": query.name,
+        "dim": query.dim,
+        "clip": float(query.clip),
+        "noise_multiplier": float(query.noise_multiplier),
+        "resolution": query.resolution,
+        "coefficients": series.coefficients,
+        "num_rounds": series.num_rounds,
+        "separation": series.separation,
+    }
+    return hashlib.sha256(canonical(said).encode()).hexdigest()
+
+
+def echoes(turn: Turn | None) -> dict[str, NDArray[Any]]:
+    """The coefficients that clients are told of a series."""
+    if turn is None:
+        return {}
+    return {"coefficients": np.array(turn.series.coefficients, dtype=np.int64)}
+
+
+def _turn(position: int, num_rounds: int, separation: int, record: Any) -> Turn | None:
+    """The place in a series that a request says it has."""
+    arrays = {
+        str(key): _decode(value, {"int64"}, max_bytes=8 * MAX_ROUNDS)
+        for key, value in _arrays(record).items()
+    }
+    if position < 0:
+        if arrays or num_rounds or separation:
+            raise WireError("a request that stands alone and comes with a series")
+        return None
+    if set(arrays) != {"coefficients"} or arrays["coefficients"].ndim != 1:
+        raise WireError("a request of a series without its coefficients")
+    series = Series(tuple(arrays["coefficients"].tolist()), num_rounds, separation)
+    return Turn(series, position)
 
 
 def _choice(where: str, count: int, record: Any) -> Choice | None:

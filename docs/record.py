@@ -137,6 +137,14 @@ budget on moments. `epsilon=0` is what each makes of pure noise, `no noise` of e
 paired t-tests over seeds, Holm's correction over all of one measure. `digits` has one image a user.
 """
 
+CORRELATED_NOISE = """## Correlated noise
+
+`python benchmarks/correlated_noise.py --json FILE`. Noise: standard deviation in one coordinate of a sum of rounds' sums, in clips, root mean
+square over the first 1 ... 256 of 256 rounds, delta 1e-6; each user takes part in k rounds, so rows of one k have equal cohorts. `no
+amplification`: independent noise priced as k sums; `coins`: priced as if users joined by secret coins; `banded` and `blt`: a series priced as one
+sum. Digits: `dp_fedavg`, 100 rounds, 72 of 1,438 users a round, each way with the best of three server's steps, chosen on a seed of its own.
+"""
+
 THROUGHPUT = """## Throughput
 
 `python benchmarks/throughput.py --json FILE`
@@ -176,6 +184,7 @@ _SECTIONS = (
     ("pe_text", PE_TEXT, True),
     ("preferences", PREFERENCES, True),
     ("training", TRAINING, True),
+    ("correlated_noise", CORRELATED_NOISE, True),
     ("throughput", THROUGHPUT, False),
     ("kills", KILLS, False),
 )  # of each benchmark: its name, its heading, and whether its metrics stand side by side

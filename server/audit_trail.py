@@ -8,11 +8,12 @@ crash, resumption and cheat.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ..core.accounting import Leaves, from_json, leaves
+from ..core.accounting import from_json, leaves
 from ..core.errors import SecurityRefusal
+from ..core.leaf import Leaf, Leaves
 from .chain import Entry
 from .ledger import Ledger, VoidReason
 
@@ -72,9 +73,10 @@ def _order(entries: list[Entry]) -> Iterator[str]:
                     yield f"{where} names no round"
                 if key[1] > 1 and "void" not in done.get((key[0], key[1] - 1), []):
                     yield f"{where} follows an attempt that is not void"
-                left[_leaf(entry)] -= 1
+                left.subtract(_charged([entry]))
                 if left[_leaf(entry)] < 0:
                     yield f"{where} is outside the committed plan"
+                yield from _turn(where, entry, reserved.values())
                 reserved[key] = entry.data
             case "draw":
                 if kinds != ["reserve"]:
@@ -127,6 +129,20 @@ def _noise(
         yield f"{where} has noise {stddev!r} where at least {least!r} was reserved"
 
 
+def _turn(where: str, entry: Entry, before: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What is wrong with a reservation's place in its series."""
+    if not entry.data.get("series"):
+        if entry.data.get("position", 0) or entry.data.get("rounds", 1) != 1:
+            yield f"{where} goes on with no series"
+        return
+    place, length = entry.data["position"], entry.data["rounds"]
+    earlier = [data for data in before if data.get("series") == entry.data["series"]]
+    if [data["position"] for data in earlier] != list(range(place)) or place >= length:
+        yield f"{where} is not the next round of its series"
+    if any(data["noise_multiplier"] != entry.data["noise_multiplier"] for data in earlier):
+        yield f"{where} changes the noise of its series"
+
+
 def _chosen(where: str, reserved: Mapping[str, Any], sealed: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with a sealed choice, as far as the entries can tell."""
     chooses = reserved.get("chooses", 0)
@@ -141,18 +157,26 @@ def _spending(ledger: Ledger, population: str) -> Iterator[str]:
         entries = ledger.entries(run.run)
         plan = leaves(from_json(entries[0].data["plan"]))
         ended = any(entry.kind in ("finish", "close") for entry in entries)
-        charged = Counter(_leaf(entry) for entry in entries if entry.kind == "reserve")
+        drawn = _charged(entry for entry in entries if entry.kind == "reserve")
         # a reservation that was sent counts as drawn: a client may have added the noise
-        due += charged if ended and all(prob >= 1 for _, prob in plan) else plan | charged
+        due += drawn if ended and not any(leaf.is_sampled for leaf in plan) else plan | drawn
     spent = leaves(ledger.spent(population))
-    for (noise, prob), count in due.items():
-        if spent[noise, prob] < count:
+    for leaf, count in due.items():
+        if spent[leaf] < count:
             yield (
-                f"population {population} has spent {spent[noise, prob]} sums with"
-                f" noise_multiplier {noise!r} and sampling_prob {prob!r}, but {count} are due"
+                f"population {population} has spent {spent[leaf]} sums with noise_multiplier"
+                f" {leaf.noise_multiplier!r} and sampling_prob {leaf.sampling_prob!r}, but {count}"
+                " are due"
             )
 
 
-def _leaf(entry: Entry) -> tuple[float, float]:
-    """The sum that a reservation charges."""
-    return (entry.data["noise_multiplier"], entry.data["sampling_prob"])
+def _charged(reservations: Iterable[Entry]) -> Leaves:
+    """What reservations charge: a series with its first round, every other sum by itself."""
+    return Counter(_leaf(entry) for entry in reservations if entry.data.get("position", 0) == 0)
+
+
+def _leaf(entry: Entry) -> Leaf:
+    """The sum, or the series, that a reservation is of."""
+    data = entry.data
+    kind = (data["noise_multiplier"], data["sampling_prob"])
+    return Leaf(*kind, data.get("records", 1), data.get("rounds", 1))

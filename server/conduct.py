@@ -4,6 +4,7 @@
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import accounting
-from ..core.answering import answered
 from ..core.errors import Interrupted
 from ..core.failpoints import at
+from ..core.leaf import Leaves, num_rounds_of
 from ..core.query import Query, trusts_server
 from ..core.randomness import KeyStream
 from ..core.wire import Ask, canonical
 from ..strategies.registry import build_aggregator, settings_of
+from .checkpoints import CHECKPOINT, Checkpoints
 from .federation import Federation
 from .generations import clear, files_of, kept
-from .ledger import Ledger
+from .ledger import Ledger, charged
 from .loop import Measured, learn
 from .planned import Plan, start
 from .release import write_release
@@ -127,10 +129,12 @@ def _driven(
             event=plan.event,
             facts=plan.facts,
         )
+        checkpoints = Checkpoints(folder, plan, ledger)
+        rounds, done = checkpoints.rounds(kept(folder))
+        progress.go_on(ledger, done)
         synthesizer = learn(
-            answered(
-                plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng), kept(folder)
-            ),
+            rounds,
+            done=done,
             draft=_draft(plan),
             max_clients=config.unit.max_clients,
             ledger=ledger,
@@ -179,16 +183,24 @@ class _Progress:
     def __init__(self, plan: Plan, on_event: Callable[[RoundEvent], None], path: Path) -> None:
         self._plan, self._on_event, self._path = plan, on_event, path
         self._begun = time.monotonic()
-        self._leaves: dict[tuple[float, float], int] = {}
+        self._leaves: Leaves = Counter()
         self.done = 0
+
+    def go_on(self, ledger: Ledger, done: int) -> None:
+        """Reckon with rounds that a checkpoint stands for, and that are not shown again."""
+        self.done = done
+        if done:
+            entries = ledger.entries(self._plan.run)
+            early = [e for e in entries if e.kind == "reserve" and e.round <= done]
+            self._leaves += charged(early)
 
     def __call__(self, measured: Measured) -> None:
         self.done = measured.round
         query, plan = measured.query, self._plan
-        leaf = (query.noise_multiplier, query.sampling_prob)
-        self._leaves[leaf] = self._leaves.get(leaf, 0) + 1
+        if not query.goes_on:
+            self._leaves[query.leaf] += 1
         budget = plan.config.run_budget
-        num_rounds = sum(accounting.leaves(plan.event).values())
+        num_rounds = num_rounds_of(accounting.leaves(plan.event))
         spent = self._spent(num_rounds)
         event = RoundEvent(
             round=measured.round,
@@ -220,7 +232,7 @@ class _Progress:
     def _spent(self, num_rounds: int) -> float:
         """Epsilon of the rounds so far; in long sampled runs priced at every fiftieth round."""
         event = accounting.event_of(self._leaves)
-        sampled = any(prob < 1 for _, prob in self._leaves)
+        sampled = any(leaf.is_sampled for leaf in self._leaves)
         every = max(1, num_rounds // 50) if sampled else 1
         if self.done % every == 0 or self.done == num_rounds or not hasattr(self, "_last"):
             self._last = accounting.epsilon_of(event, self._plan.config.run_budget.delta)
@@ -234,7 +246,7 @@ def _finite(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _clear(folder: Path) -> None:
     """Remove a finished run's working folder."""
-    for name in ("run.json", "progress.jsonl", "run.partial"):
+    for name in ("run.json", "progress.jsonl", "run.partial", CHECKPOINT, f"{CHECKPOINT}.partial"):
         (folder / name).unlink(missing_ok=True)
     clear(folder)
     folder.rmdir()

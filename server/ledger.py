@@ -20,7 +20,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -32,14 +32,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import BudgetExceeded, ConfigError, PrivacyRefusal, SecurityRefusal
+from ..core.leaf import Leaf, Leaves
 from ..core.privacy import Budget
 from ..core.wire import canonical
 from .chain import Chain, Entry
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
-
-    from ..core.accounting import Leaves
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -87,6 +86,8 @@ class RoundState:
       sampling_prob: As reserved.
       sensitivity: As reserved; `None` where it was not stated.
       reason: Why it is void; empty otherwise.
+      leaf: What was reserved, or the series that it belongs to.
+      goes_on: It is a later round of a series, and so charged already.
     """
 
     round: int
@@ -97,6 +98,8 @@ class RoundState:
     sampling_prob: float
     sensitivity: float | None
     reason: str
+    leaf: Leaf
+    goes_on: bool
 
 
 @dataclass(frozen=True)
@@ -281,6 +284,10 @@ class Ledger:
         sampling_prob: float,
         sensitivity: float | None = None,
         chooses: int = 0,
+        records: int = 1,
+        rounds: int = 1,
+        series: str = "",
+        position: int = 0,
     ) -> None:
         """Charge one sum of the run's plan; comes before its question is sent.
 
@@ -295,6 +302,10 @@ class Ledger:
             noise than `noise_multiplier * sensitivity` cannot be sealed.
           chooses: How many candidates a choice draws, which costs what such a sum costs; 0: it is
             a sum.
+          records: Most vectors of one user in the sum, as in `Leaf`.
+          rounds: Rounds of the series that the sum belongs to; 1: it stands alone.
+          series: Name of that series; its first round is charged for all of them.
+          position: Which of the series' rounds it is, from 0; each comes once and in order.
 
         Raises:
           BudgetExceeded: The plan holds no such sum, or no more of them.
@@ -302,7 +313,9 @@ class Ledger:
         """
         if round < 1 or attempt < 1:
             raise ConfigError(f"rounds and attempts count from 1, not {round} and {attempt}")
-        leaf = (float(noise_multiplier), float(sampling_prob))
+        if not series and (position or rounds != 1):
+            raise ConfigError("a sum that goes on is one of a series, which has a name")
+        leaf = Leaf(float(noise_multiplier), float(sampling_prob), int(records), int(rounds))
         with self._chain.writing("reserve"):
             opened = self._open_run(run)
             latest = self._state(run, round)
@@ -315,11 +328,14 @@ class Ledger:
                 )
             left = _plan(opened)
             left.subtract(self._reserved(run))
-            if left[leaf] < 1:
+            if series:
+                self._check_turn(run, leaf, series, position)
+            if left[leaf] < 1 and not position:
                 raise BudgetExceeded(
                     f"query {query!r} in round {round} asks for a sum with noise_multiplier"
-                    f" {leaf[0]!r} and sampling_prob {leaf[1]!r}, but the plan that run {run!r}"
-                    f" committed holds no such sum any more; left are {_listed(left)}. Nothing was"
+                    f" {leaf[0]!r} and sampling_prob {leaf[1]!r}{_more(leaf)}, but the plan that"
+                    f" run {run!r} committed holds no such sum any more; left are {_listed(left)}."
+                    " Nothing was"
                     " asked. A strategy's event() must list exactly what its rounds() ask."
                 )
             data: dict[str, Any] = {
@@ -331,6 +347,10 @@ class Ledger:
                 data["sensitivity"] = float(sensitivity)
             if chooses:
                 data["chooses"] = int(chooses)
+            if leaf.records > 1:
+                data["records"] = leaf.records
+            if series:
+                data |= {"rounds": leaf.rounds, "series": series, "position": int(position)}
             self._chain.append("reserve", opened.population, run, round, attempt, data)
 
     def draw(self, run: str, round: int, attempt: int) -> None:  # noqa: A002
@@ -625,11 +645,25 @@ class Ledger:
             )
         return opened, state
 
-    def _reserved(self, run: str) -> "Leaves":
+    def _reserved(self, run: str) -> Leaves:
         """Every sum that a run has reserved."""
-        return Counter(
-            _leaf(entry) for entry in self._chain.select("run = ? AND kind = 'reserve'", run)
-        )
+        return charged(self._chain.select("run = ? AND kind = 'reserve'", run))
+
+    def _check_turn(self, run: str, leaf: Leaf, series: str, position: int) -> None:
+        """Refuse a round of a series that does not come right after the one before."""
+        before = [
+            entry
+            for entry in self._chain.select("run = ? AND kind = 'reserve'", run)
+            if entry.data.get("series") == series
+        ]
+        if len(before) != position or position >= leaf.rounds:
+            raise PrivacyRefusal(
+                f"a series of {leaf.rounds} rounds is at its round {len(before) + 1}, and was asked"
+                f" for round {position + 1}; nothing was asked. Each of its rounds comes once, in"
+                " order"
+            )
+        if any(leaf_of(entry) != leaf for entry in before):
+            raise PrivacyRefusal("a series changes its noise; nothing was asked")
 
     def _spent(self, population: str) -> "DpEvent":
         """`spent`, inside a transaction."""
@@ -684,28 +718,46 @@ def _unit_name(column: str | None) -> str:
     return "record" if column is None else column
 
 
-def _plan(run: Run) -> "Leaves":
+def _plan(run: Run) -> Leaves:
     """The sums that a run committed."""
     from ..core.accounting import leaves
 
     return leaves(run.event)
 
 
-def _is_sampled(plan: "Leaves") -> bool:
+def _is_sampled(plan: Leaves) -> bool:
     """Whether a plan holds a Poisson-sampled sum."""
-    return any(prob < 1 for _, prob in plan)
+    return any(leaf.is_sampled for leaf in plan)
 
 
-def _leaf(reservation: Entry) -> tuple[float, float]:
-    """The sum that a `reserve` entry charges."""
+def leaf_of(reservation: Entry) -> Leaf:
+    """The sum, or the series, that a `reserve` entry belongs to."""
     data = reservation.data
-    return (data["noise_multiplier"], data["sampling_prob"])
+    return Leaf(
+        data["noise_multiplier"],
+        data["sampling_prob"],
+        data.get("records", 1),
+        data.get("rounds", 1),
+    )
 
 
-def _listed(left: "Leaves") -> str:
+def charged(reservations: Iterable[Entry]) -> Leaves:
+    """What `reserve` entries charge: each its sum, but of a series the first alone."""
+    return Counter(leaf_of(entry) for entry in reservations if not entry.data.get("position", 0))
+
+
+def _more(leaf: Leaf) -> str:
+    """What is unusual about a sum, for a message."""
+    records = f", of up to {leaf.records} records a user" if leaf.records > 1 else ""
+    return records + (f", in a series of {leaf.rounds} rounds" if leaf.rounds > 1 else "")
+
+
+def _listed(left: Leaves) -> str:
     """What a plan still holds, for a message."""
     some = [
-        f"{n} with {noise!r} and {prob!r}" for (noise, prob), n in sorted(left.items()) if n > 0
+        f"{n} with {leaf.noise_multiplier!r} and {leaf.sampling_prob!r}{_more(leaf)}"
+        for leaf, n in sorted(left.items())
+        if n > 0
     ]
     return ", ".join(some[:5]) + (", ..." if len(some) > 5 else "") if some else "none"
 
@@ -722,6 +774,8 @@ def _state_of(entries: list[Entry]) -> RoundState:
         first["sampling_prob"],
         first.get("sensitivity"),
         last.data.get("reason", ""),
+        leaf_of(entries[0]),
+        bool(first.get("position", 0)),
     )
 
 

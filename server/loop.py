@@ -15,7 +15,7 @@ from ..core.privacy import NoisePlacement
 from ..core.query import NoisySum, Query, Rounds
 from ..core.randomness import KeyStream
 from ..core.synthesizer import Synthesizer
-from ..core.wire import Ask
+from ..core.wire import Ask, series_of
 from .federation import Federation
 from .ledger import Ledger, RoundState, VoidReason
 
@@ -41,6 +41,7 @@ def learn(
     federation: Federation,
     stream: KeyStream,
     attempts: int = 3,
+    done: int = 0,
     on_round: Callable[[Measured], None] = lambda measured: None,
 ) -> Synthesizer:
     """Run a strategy to its end; rounds that are sealed already are replayed, not asked.
@@ -53,6 +54,7 @@ def learn(
       federation: Who is asked.
       stream: Secret randomness of `central` noise.
       attempts: How often a round is sent before a missed quorum stops the run.
+      done: Rounds that the generator begins after, where it goes on from a checkpoint.
       on_round: Told of every round, replayed or measured.
 
     Raises:
@@ -63,7 +65,7 @@ def learn(
       PrivacyRefusal: A query was not in the plan; nothing was asked.
       ConfigError: A query asks the server to choose, which the run does not trust with sums.
     """
-    number = 0
+    number = done
     noisy: NoisySum | None = None
     while True:
         try:
@@ -87,6 +89,10 @@ def learn(
                 sampling_prob=query.sampling_prob,
                 sensitivity=sensitivity,
                 chooses=0 if query.choice is None else query.choice.count,
+                records=query.leaf.records,
+                rounds=query.leaf.rounds,
+                series=series_of(query),
+                position=0 if query.turn is None else query.turn.position,
             )
         asked = state is None or state.stage == "reserved"
         if state is not None and state.stage == "drawing":
@@ -117,8 +123,7 @@ def _sensitivity(
 
 def _check_same_question(query: Query, number: int, state: RoundState | None) -> None:
     """A resumed strategy must ask what was reserved, or its replay is not the run it was."""
-    asked = (query.name, query.noise_multiplier, query.sampling_prob)
-    if state is not None and asked != (state.query, state.noise_multiplier, state.sampling_prob):
+    if state is not None and (query.name, query.leaf) != (state.query, state.leaf):
         raise SecurityRefusal(
             f"round {number} was reserved for query {state.query!r}, but the resumed strategy asks"
             f" {query.name!r} or with another noise; nothing was asked. Resume with the versions"

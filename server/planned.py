@@ -112,16 +112,32 @@ def plan_of(config: RunConfig, *, run: str | None = None) -> Plan:
     budget = config.run_budget
     noise = accounting.calibrate(lambda z: strategy.event(schema, z), budget)
     event = strategy.event(schema, noise)
-    if config.unit.max_clients > 1 and any(prob < 1 for _, prob in accounting.leaves(event)):
+    if config.unit.max_clients > 1 and any(leaf.is_sampled for leaf in accounting.leaves(event)):
         raise ConfigError(
             f"strategy {config.strategy.name!r} samples users by coins, but a user may lie at"
             f" {config.unit.max_clients} clients, which flip a coin each; what that costs has no"
             " price here. Use sampling_prob = 1, or unit.max_clients = 1"
         )
+    _check_records(strategy, config)
     plan = Plan(run or new_run_id(config.strategy.name), config, schema, strategy, noise, event)
     check_signal(strategy, schema, noise, plan.heard)
     accounting.price(event, budget.delta)  # the cross-check must hold before anything is asked
     return plan
+
+
+def _check_records(strategy: Strategy, config: RunConfig) -> None:
+    """Refuse a strategy that prices fewer records of a user than the unit lets in.
+
+    Raises:
+      ConfigError: Every client would refuse it.
+    """
+    priced = getattr(strategy, "records_per_user", None)
+    if priced is not None and config.unit.max_records > priced:
+        raise ConfigError(
+            f"strategy {config.strategy.name!r} is priced for users of at most {priced} records,"
+            f" but unit.max_records = {config.unit.max_records}. Set its records_per_user to that,"
+            " or lower unit.max_records"
+        )
 
 
 def new_run_id(strategy: str) -> str:

@@ -41,6 +41,7 @@ from ..core.answering import answered
 from ..core.card import Card, CardFile, code_digest
 from ..core.decode import SINGLE, decode, joined_table, save_records, split_tables
 from ..core.errors import ConfigError, FedsynthError, SchemaError, SecurityRefusal
+from ..core.leaf import num_rounds_of
 from ..core.query import Strategy, caution_of, describes_of
 from ..core.records import Family, Records
 from ..core.schema import Schema
@@ -544,7 +545,7 @@ def _check_plan(release: Release) -> str:
         raise SecurityRefusal(
             f"{CARD} and the entry that opens {ENTRIES} differ in: {', '.join(wrong)}"
         )
-    count = sum(accounting.leaves(accounting.from_json(card.event)).values())
+    count = num_rounds_of(accounting.leaves(accounting.from_json(card.event)))
     return f"{count} {'sum' if count == 1 else 'sums'}, committed before anybody was asked"
 
 
@@ -553,7 +554,7 @@ def _check_epsilon(release: Release) -> str:
     card, transcript = release.card, release.transcript
     plan = accounting.from_json(transcript.committed["plan"])
     planned = accounting.epsilon_of(plan, card.delta)
-    charged = Counter((r.noise_multiplier, r.sampling_prob) for r in transcript.rounds)
+    charged = Counter(r.leaf for r in transcript.rounds if not r.position)
     if charged - accounting.leaves(plan):
         raise SecurityRefusal(f"{ENTRIES} holds sums that the committed plan did not hold")
     reserved = accounting.epsilon_of(accounting.event_of(charged), card.delta)

@@ -4,8 +4,9 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from ..core.accounting import Leaves, epsilon_of, event_of, leaves
+from ..core.accounting import epsilon_of, event_of, leaves
 from ..core.errors import ConfigError
+from ..core.leaf import Leaves, num_rounds_of
 from .ledger import Ledger, RoundState, Run, Stage
 
 
@@ -52,19 +53,19 @@ def statement(ledger: Ledger, population: str) -> list[Row]:
     for run in ledger.runs(population):
         plan = leaves(run.event)
         entries = ledger.entries(run.run)
-        if any(prob < 1 for _, prob in plan):
-            what = f"all {plan.total()} rounds"
+        if any(leaf.is_sampled for leaf in plan):
+            what = f"all {num_rounds_of(plan)} rounds"
             lines.append((entries[0].number, run.when, run, what, plan, run.state))
             continue
         reserved = [entry for entry in entries if entry.kind == "reserve"]
         for entry, state in zip(reserved, ledger.attempts(run.run), strict=True):
-            leaf = (state.noise_multiplier, state.sampling_prob)
+            cost: Leaves = Counter() if state.goes_on else Counter([state.leaf])
             what = f"{state.query}, round {state.round}"
             shown = _shown(state, run)
-            lines.append((entry.number, entry.time, run, what, Counter([leaf]), shown))
-            plan.subtract([leaf])
+            lines.append((entry.number, entry.time, run, what, cost, shown))
+            plan.subtract(cost)
         if run.state == "open" and +plan:
-            last, what = entries[-1], f"{plan.total()} rounds to come"
+            last, what = entries[-1], f"{num_rounds_of(+plan)} rounds to come"
             lines.append((last.number, last.time, run, what, +plan, "committed"))
     total: Leaves = Counter()
     delta, unit = found[population].cap.delta, found[population].unit

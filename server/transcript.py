@@ -203,6 +203,9 @@ def rounds_of(entries: Sequence[Entry]) -> tuple[CardRound, ...]:
                 state,
                 data["num_clients"] if state == "sealed" else 0,
                 first.get("chooses", 0),
+                first.get("records", 1),
+                first.get("rounds", 1),
+                first.get("position", 0),
             )
         )
     return tuple(found)
@@ -229,9 +232,12 @@ def _check_charge(query: Query, charge: Entry) -> None:
     charged = (
         *(data["query"], data["noise_multiplier"], data["sampling_prob"]),
         data.get("chooses", 0),
+        *(data.get("records", 1), data.get("rounds", 1), data.get("position", 0)),
     )
     chooses = 0 if query.choice is None else query.choice.count
-    asked = (query.name, query.noise_multiplier, query.sampling_prob, chooses)
+    noise, prob, records, rounds = query.leaf
+    position = 0 if query.turn is None else query.turn.position
+    asked = (query.name, noise, prob, chooses, records, rounds, position)
     if charged != asked:
         raise SecurityRefusal(
             f"round {charge.round} was charged as {charged}, but the method asks {asked}"

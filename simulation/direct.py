@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from ..client.placing import placed
 from ..client.respond import users_a_block
+from ..client.turns import whose_turn
 from ..core import mechanism
 from ..core.answering import answered
 from ..core.choice import best, chosen, score_sensitivity
 from ..core.query import NoisySum, Query, Strategy, check_reads, embedder_of
-from ..core.randomness import KeyStream, OsKeyStream, coins
+from ..core.randomness import KeyStream, OsKeyStream
 from ..core.records import BoundedShard, Records
 from ..core.schema import Schema
 from ..core.synthesizer import Synthesizer
@@ -125,9 +126,13 @@ def _drive(
     if (embedder := embedder_of(strategy, schema)) is not None:
         clients = [placed(shard, embedder) for shard in clients]
     rounds = answered(strategy.rounds(schema, noise_multiplier, rng), make)
+    kept: list[dict[int, NDArray[np.int64]]] = [{} for _ in clients]
     query = next(rounds)
     while True:
-        sums = (_summed(strategy, query, shard, local, stream) for shard in clients)
+        sums = (
+            _echoed(_summed(strategy, query, shard, local, stream), query, own)
+            for shard, own in zip(clients, kept, strict=True)
+        )
         if query.choice is not None and query.choice.where == "client":
             total = _added(noisy(query, own) for own in sums)
         else:
@@ -166,13 +171,26 @@ def _summed(
     stream: KeyStream,
 ) -> NDArray[np.int64]:
     """Exact clipped sum of all users, on the query's lattice."""
-    if query.sampling_prob < 1:
-        shard = shard.only(coins(shard.num_users, query.sampling_prob, stream))
+    shard = whose_turn(shard, query, stream)
     total = np.zeros(query.dim, dtype=np.int64)
     for block in shard.blocks(users_a_block(strategy, query, shard)):
         answer = strategy.answer(query, block, rng)
         total += mechanism.clipped_sum(answer, query, num_users=block.num_users)
     return total
+
+
+def _echoed(
+    alone: NDArray[np.int64], query: Query, kept: dict[int, NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """A round's sum with the echoes of one client's earlier rounds, if it is in a series."""
+    if query.turn is None:
+        return alone
+    if query.turn.position == 0:
+        kept.clear()
+    told = mechanism.encoded(alone, query.turn, kept)
+    kept[query.turn.position] = alone
+    kept.pop(query.turn.position - len(query.turn.series.coefficients) + 1, None)
+    return told
 
 
 def _nobody(schema: Schema) -> BoundedShard:

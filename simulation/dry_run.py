@@ -4,7 +4,6 @@
 import json
 import math
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,10 +14,11 @@ from ..core.candidates import Candidates
 from ..core.choice import score_sensitivity
 from ..core.embedding import EMBEDDER
 from ..core.generation import PLACES, Generation
+from ..core.leaf import Leaf, num_rounds_of
 from ..core.privacy import NoisePlacement
 from ..core.query import NoisySum, Query
 from ..core.texts import as_texts
-from ..core.wire import told
+from ..core.wire import echoes, told
 from ..models.registry import build_embedder
 from ..server.planned import Plan
 
@@ -41,30 +41,45 @@ def questions_of(plan: Plan) -> list[Question]:
     costs is fixed beforehand. Past the time limit, rounds are taken to be like the last one seen
     but for their cost.
     """
-    num_rounds = sum(accounting.leaves(plan.event).values())
+    planned = accounting.leaves(plan.event)
     steps = plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng)
     rounds = answered(steps, stand_in)
     deadline = time.monotonic() + _DRY_RUN_S
     questions: list[Question] = []
-    left = Counter(accounting.leaves(plan.event))
+    asked: dict[Leaf, list[Question]] = {leaf: [] for leaf in planned}
     try:
         query = next(rounds)
         while True:
-            told_arrays = [*query.inputs.values(), *told(query.choice).values()]
+            told_arrays = [
+                *query.inputs.values(),
+                *told(query.choice).values(),
+                *echoes(query.turn).values(),
+            ]
             num_bytes = sum(array.nbytes for array in told_arrays)
             questions.append(Question(replace(query, inputs={}), num_bytes))
-            left[(query.noise_multiplier, query.sampling_prob)] -= 1
-            if len(questions) == num_rounds or time.monotonic() > deadline:
+            asked[query.leaf].append(questions[-1])
+            if len(questions) == num_rounds_of(planned) or time.monotonic() > deadline:
                 break
             query = rounds.send(made_up(plan, query))
     except StopIteration:
         return questions
     rounds.close()
     last = questions[-1]
-    for (noise, prob), count in sorted(left.items()):
-        unseen = replace(last.query, noise_multiplier=noise, sampling_prob=prob)
-        questions += [replace(last, query=unseen)] * max(0, count)
+    for leaf, count in sorted(planned.items()):
+        unseen = asked[leaf][-1] if asked[leaf] else replace(last, query=_priced(last.query, leaf))
+        questions += [unseen] * max(0, count * leaf.rounds - len(asked[leaf]))
     return questions
+
+
+def _priced(query: Query, leaf: Leaf) -> Query:
+    """A query that costs what `leaf` says, and is like another otherwise."""
+    return replace(
+        query,
+        noise_multiplier=leaf.noise_multiplier,
+        sampling_prob=leaf.sampling_prob,
+        records=leaf.records if leaf.records > 1 else 0,
+        turn=None,
+    )
 
 
 def stand_in(request: Generation) -> Candidates:

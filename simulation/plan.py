@@ -6,7 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from ..client.respond import BLOCK_BYTES
 from ..core import accounting
@@ -21,6 +22,9 @@ from ..server.planned import Plan, plan_of
 from ..strategies.discovered import Discovered
 from ..strategies.parts.signal import Prospect, prospect_of
 from .dry_run import Question, questions_of, stddev_of
+
+if TYPE_CHECKING:
+    from ..core.leaf import Leaves
 
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 _BASE_BYTES = 250 << 20  # of a process that has imported what a run needs
@@ -314,12 +318,12 @@ def _steps(plan: Plan, questions: list[Question], prospect: Prospect | None) -> 
     for number, question in enumerate(questions):
         key = (question.query.name, question.query.sampling_prob)
         alike.setdefault(key, []).append(number)
-    leaves = [(q.query.noise_multiplier, q.query.sampling_prob) for q in questions]
+    leaves = [[] if q.query.goes_on else [q.query.leaf] for q in questions]
     for (name, prob), numbers in alike.items():
         same = [questions[number] for number in numbers]
         noises = [question.query.noise_multiplier for question in same]
         stddevs = [stddev_of(plan, question.query) for question in same]
-        done = accounting.event_of(Counter(leaves[: numbers[-1] + 1]))
+        done = accounting.event_of(Counter(chain.from_iterable(leaves[: numbers[-1] + 1])))
         expected = [
             _expected(plan, q.query, n, prospect) for q, n in zip(same, stddevs, strict=True)
         ]
@@ -402,12 +406,12 @@ def _verdict(ratio: float) -> str:
 
 def _by_round(plan: Plan, queries: list[Query]) -> Iterator[tuple[int, float]]:
     """Epsilon after some of the rounds, the first and the last among them."""
-    sampled = any(query.sampling_prob < 1 for query in queries)
+    sampled = any(query.leaf.is_sampled for query in queries)
     wanted = min(len(queries), _CHECKPOINTS // 2 if sampled else _CHECKPOINTS)
     stops = {round(1 + i * (len(queries) - 1) / max(1, wanted - 1)) for i in range(wanted)}
-    leaves: Counter[tuple[float, float]] = Counter()
+    leaves: Leaves = Counter()
     for number, query in enumerate(queries, start=1):
-        leaves[(query.noise_multiplier, query.sampling_prob)] += 1
+        leaves[query.leaf] += not query.goes_on
         if number in stops:
             event = accounting.event_of(leaves)
             yield number, accounting.epsilon_of(event, plan.config.run_budget.delta)

@@ -2,14 +2,16 @@
 """Diffusion: classes' moments by one noisy sum, then what they lack, by users' clipped updates."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.checkpoint import State
 from ..core.errors import ConfigError
-from ..core.query import Contribution, Query, Rounds
+from ..core.query import Contribution, Query, Steps
 from ..core.records import BoundedShard
 from ..core.schema import Schema
 from .parts.class_moments import ClassMoments, Measuring
@@ -66,7 +68,7 @@ class DpDiffusion(Training):
     num_rounds: int = 4
     sampling_prob: float = 1.0
     local_lr: float = 1.0
-    server_optimizer: Literal["adam", "sgd"] = "sgd"
+    server_optimizer: str = "fedavgm"
     server_lr: float = 0.7
     momentum: float = 0.0
     clip: float = 3.0
@@ -84,6 +86,10 @@ class DpDiffusion(Training):
         check_range(1, 1000, multiplicity=self.multiplicity)
         check_range(1, 4096, width=self.width, rank=self.rank)
         check_range(2, 1000, num_sampling_steps=self.num_sampling_steps)
+        if self.level != "user" or self.correlation != "none":
+            raise ConfigError(
+                "dp_diffusion has few rounds, at the level of users: leave out level and correlation"
+            )
         if not 0 <= self.warm_share <= 1:
             raise ConfigError(f"warm_share must lie in [0, 1], not {self.warm_share!r}")
         if self.start not in ("handwriting", "scratch"):
@@ -93,22 +99,33 @@ class DpDiffusion(Training):
 
     def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
         """One sum for the moments and `num_rounds` for updates, by their shares."""
-        from ..core.accounting import event_of
+        from ..core.accounting import Leaf, event_of
 
+        self._optimizer().build(seed=0)
         codec, label = self._codec(schema)
         layout = self._layout(codec, RecordShape.of(schema), label)
         moments = self._measuring(codec, layout, noise_multiplier)
         weights = sum(math.prod(shape) for shape in layout.shapes.values())
         refuse_wide(schema, self.name, max(moments.dim, weights, layout.num_classes * 4096))
         warm, update = self._noise(noise_multiplier)
-        asked = {(warm, 1.0): 1} if self.warm_share else {}
+        asked = Counter({Leaf(warm, 1.0): 1} if self.warm_share else {})
         if self.warm_share < 1:
-            key = (update, float(self.sampling_prob))
-            asked[key] = asked.get(key, 0) + self.num_rounds
+            asked[Leaf(update, float(self.sampling_prob))] += self.num_rounds
         return event_of(asked)
 
-    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
-        """Ask for moments, then for updates of the denoiser that goes with them."""
+    def rounds_from(
+        self,
+        schema: Schema,
+        noise_multiplier: float,
+        rng: np.random.Generator,
+        state: State | None,
+    ) -> Steps:
+        """Ask for moments, then for updates of the denoiser that goes with them.
+
+        It keeps no checkpoint: its rounds are few, and replay is quick.
+        """
+        if state is not None:
+            raise ConfigError("dp_diffusion keeps no checkpoints, so this is another strategy's")
         shape = RecordShape.of(schema)
         codec, label = self._codec(schema)
         layout = self._layout(codec, shape, label)
@@ -137,7 +154,7 @@ class DpDiffusion(Training):
         model = self._denoiser(layout, codec, label, told, first)
         weights = model.initial(rng)
         if self.warm_share < 1:
-            steps = self.updates_from(weights, update)
+            steps = self.updates_from(weights, update, rng)
             mean, counted = np.zeros_like(steps.weights), 0
             for number in range(self.num_rounds):
                 now = steps.take((yield steps.ask(told)))

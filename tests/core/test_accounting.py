@@ -15,6 +15,7 @@ from dp_accounting.dp_event import (
 from fedsynth.core import accounting
 from fedsynth.core.accounting import event_of
 from fedsynth.core.errors import ConfigError
+from fedsynth.core.leaf import Leaf
 from fedsynth.core.privacy import Budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,7 +73,7 @@ def test_an_event_survives_json_and_regrouping():
 
     again = accounting.from_json(accounting.to_json(event))
 
-    assert accounting.leaves(again) == {(2.0, 0.1): 5, (3.0, 1.0): 2}
+    assert accounting.leaves(again) == {Leaf(2.0, 0.1): 5, Leaf(3.0): 2}
 
 
 def test_an_event_that_is_not_a_gaussian_sum_is_refused():

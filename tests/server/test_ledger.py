@@ -20,7 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 from fedsynth.core import failpoints
-from fedsynth.core.accounting import compose, epsilon_of, event_of, leaves
+from fedsynth.core.accounting import (
+    RecordsDpEvent,
+    SeriesDpEvent,
+    compose,
+    epsilon_of,
+    event_of,
+    leaves,
+)
 from fedsynth.core.errors import (
     BudgetExceeded,
     ConfigError,
@@ -28,6 +35,7 @@ from fedsynth.core.errors import (
     PrivacyRefusal,
     SecurityRefusal,
 )
+from fedsynth.core.leaf import Leaf
 from fedsynth.core.privacy import Budget
 from fedsynth.server.audit_trail import check_trail
 from fedsynth.server.chain import GENESIS, LedgerError
@@ -105,7 +113,7 @@ def test_the_second_run_is_held_against_what_the_first_one_committed(ledger):
     with pytest.raises(BudgetExceeded, match=r"2\.92"):
         opened(ledger, "two", noise=5.0, count=10)  # both: epsilon 4.32
 
-    assert leaves(ledger.spent("people")) == {(5.0, 1.0): 10}
+    assert leaves(ledger.spent("people")) == {Leaf(5.0, 1.0): 10}
 
 
 def test_a_run_that_just_fits_is_opened(ledger):
@@ -122,7 +130,7 @@ def test_populations_have_budgets_of_their_own(ledger):
     ledger.open_run("two", "others", cap=CAP, event=gaussian(5.0, 10), facts=FACTS)
 
     assert [p.name for p in ledger.populations()] == ["people", "others"]
-    assert leaves(ledger.spent("others")) == {(5.0, 1.0): 10}
+    assert leaves(ledger.spent("others")) == {Leaf(5.0, 1.0): 10}
 
 
 def test_a_finished_run_gives_back_unsampled_sums_that_it_never_reserved(ledger):
@@ -130,16 +138,16 @@ def test_a_finished_run_gives_back_unsampled_sums_that_it_never_reserved(ledger)
     measured(ledger, 1)
     reserved(ledger, 2)
     ledger.void("run", 2, 1, "no-quorum")
-    assert leaves(ledger.spent("people")) == {(5.0, 1.0): 10}
+    assert leaves(ledger.spent("people")) == {Leaf(5.0, 1.0): 10}
 
     ledger.finish("run")
 
-    assert leaves(ledger.spent("people")) == {(5.0, 1.0): 2}
+    assert leaves(ledger.spent("people")) == {Leaf(5.0, 1.0): 2}
 
 
 @pytest.mark.parametrize("end", ["finish", "close"])
 def test_a_run_with_a_sampled_sum_stays_charged_as_a_whole(ledger, end):
-    plan = event_of({(5.0, 1.0): 2, (3.0, 0.1): 6})
+    plan = event_of({Leaf(5.0, 1.0): 2, (3.0, 0.1): 6})
     ledger.open_run("run", "people", cap=CAP, event=plan, facts=FACTS)
     reserved(ledger, 1, noise_multiplier=3.0, sampling_prob=0.1)
     ledger.void("run", 1, 1, "no-quorum")
@@ -155,7 +163,7 @@ def test_a_closed_run_stays_charged_for_what_it_reserved_and_asks_nothing_more(l
 
     ledger.close("run")
 
-    assert leaves(ledger.spent("people")) == {(5.0, 1.0): 1}
+    assert leaves(ledger.spent("people")) == {Leaf(5.0, 1.0): 1}
     with pytest.raises(ConfigError, match="closed; nothing was asked"):
         reserved(ledger, 2)
     with pytest.raises(ConfigError, match="was closed"):
@@ -653,7 +661,7 @@ def holds(ledger: Ledger, said: list[list[Any]]) -> None:
             assert ledger.sum_of("run", where[0]).total[0] == where[1]
     for run in runs:
         assert check_trail(ledger, run.run) == []
-    drawn = Counter({(5.0, 1.0): sum(kind == "draw" for kind, *_ in said)})
+    drawn = Counter({Leaf(5.0, 1.0): sum(kind == "draw" for kind, *_ in said)})
     assert leaves(ledger.spent("people")) >= drawn
 
 
@@ -811,7 +819,7 @@ def test_of_runs_that_fit_singly_only_so_many_are_opened_as_fit_together(path):
     assert [end[-1] for end in ends] == [0] * 6
     with Ledger(path) as ledger:
         assert sorted(run.run for run in ledger.runs()) == sorted(e[0] for e in ends if len(e) > 1)
-        assert leaves(ledger.spent("people")) == {(5.0, 1.0): 15}
+        assert leaves(ledger.spent("people")) == {Leaf(5.0, 1.0): 15}
         ledger.verify()
 
 
@@ -848,7 +856,7 @@ def test_a_run_is_driven_by_one_living_process(path, ledger):
 # ---- all of it at random -----------------------------------------------------------------
 
 RUNS = {
-    "one": {(5.0, 1.0): 3},
+    "one": {Leaf(5.0, 1.0): 3},
     "two": {(6.0, 1.0): 1, (9.0, 1.0): 2},
     "three": {(5.0, 0.1): 3},  # sampled
     "four": {(1.5, 1.0): 2},  # never fits beside the others
@@ -866,9 +874,9 @@ operations = st.tuples(
 )
 
 
-def leaf_of(run: str, round_: int, attempt: int) -> tuple[float, float]:
+def leaf_of(run: str, round_: int, attempt: int) -> Leaf:
     """The sum that the schedule reserves at a place; not always one that the plan still holds."""
-    return sorted(RUNS[run])[(round_ + attempt) % len(RUNS[run])]
+    return Leaf(*sorted(RUNS[run])[(round_ + attempt) % len(RUNS[run])])
 
 
 def next_step(ledger: Ledger, run: str, round_: int) -> tuple[str, int]:
@@ -889,7 +897,7 @@ def operate(ledger: Ledger, kind: str, run: str, round_: int, attempt: int) -> N
         case "open":
             ledger.open_run(run, "people", cap=CAP, event=event_of(RUNS[run]), facts=FACTS)
         case "reserve":
-            noise, prob = leaf_of(run, round_, attempt)
+            noise, prob, *_ = leaf_of(run, round_, attempt)
             ledger.reserve(
                 run, round_, attempt, query="q", noise_multiplier=noise, sampling_prob=prob
             )
@@ -958,3 +966,66 @@ def test_composition_is_that_of_the_accountant(ledger):
 
     both = compose([gaussian(5.0, 2), event_of({(6.0, 0.2): 3})])
     assert ledger.populations()[0].epsilon == epsilon_of(both, CAP.delta)
+
+
+# --- series and records -----------------------------------------------------------------------
+
+
+def in_series(position: int, **changes: Any) -> dict[str, Any]:
+    return {"rounds": 4, "series": "s", "position": position, **changes}
+
+
+def test_a_series_takes_one_sum_from_the_plan_and_its_rounds_come_in_order(ledger):
+    ledger.open_run("run", "people", cap=CAP, event=SeriesDpEvent(5.0, 4), facts=FACTS)
+
+    for position in range(4):
+        reserved(ledger, position + 1, **in_series(position))
+
+    assert leaves(ledger.spent("people")) == {Leaf(5.0, rounds=4): 1}
+    assert [state.goes_on for state in ledger.attempts("run")] == [False, True, True, True]
+    assert check_trail(ledger, "run") == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        (in_series(2), PrivacyRefusal),
+        (in_series(0), PrivacyRefusal),
+        (in_series(1, noise_multiplier=4.0), PrivacyRefusal),
+        (in_series(1, rounds=5), PrivacyRefusal),
+        (in_series(1, series="another"), PrivacyRefusal),
+        (in_series(0, series="another"), BudgetExceeded),
+        ({"position": 1}, ConfigError),
+        ({"rounds": 4}, ConfigError),
+        ({}, BudgetExceeded),
+        ({"records": 3}, BudgetExceeded),
+    ],
+)
+def test_a_round_that_is_not_the_next_of_its_series_is_not_reserved(ledger, asked, error):
+    ledger.open_run("run", "people", cap=CAP, event=SeriesDpEvent(5.0, 4), facts=FACTS)
+    reserved(ledger, 1, **in_series(0))
+
+    with pytest.raises(error):
+        reserved(ledger, 2, **asked)
+
+    assert len(ledger.attempts("run")) == 1
+
+
+def test_a_finished_run_of_a_series_that_ended_early_has_paid_for_all_of_it(ledger):
+    ledger.open_run("run", "people", cap=CAP, event=SeriesDpEvent(5.0, 4), facts=FACTS)
+    reserved(ledger, 1, **in_series(0))
+    ledger.void("run", 1, 1, "interrupted")
+
+    ledger.finish("run")
+
+    assert leaves(ledger.spent("people")) == {Leaf(5.0, rounds=4): 1}
+
+
+def test_sums_over_records_are_charged_as_such(ledger):
+    ledger.open_run("run", "people", cap=CAP, event=RecordsDpEvent(9.0, 0.1, 3), facts=FACTS)
+
+    reserved(ledger, 1, noise_multiplier=9.0, sampling_prob=0.1, records=3)
+
+    assert leaves(ledger.spent("people")) == {Leaf(9.0, 0.1, 3): 1}
+    with pytest.raises(BudgetExceeded, match="of up to 4 records a user"):
+        reserved(ledger, 2, noise_multiplier=9.0, sampling_prob=0.1, records=4)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fedsynth.core.accounting import calibrate, leaves
 from fedsynth.core.errors import ConfigError
+from fedsynth.core.leaf import Leaf
 from fedsynth.core.mechanism import Lattice, clipped_sum
 from fedsynth.core.privacy import Budget
 from fedsynth.core.query import NoisySum
@@ -324,7 +325,7 @@ def test_the_event_is_one_gaussian_and_the_query_asks_it():
 
     query = first_query(strategy, schema, 2.5)
 
-    assert leaves(strategy.event(schema, 2.5)) == {(2.5, 1.0): 1}
+    assert leaves(strategy.event(schema, 2.5)) == {Leaf(2.5): 1}
     assert (query.noise_multiplier, query.sampling_prob, query.clip) == (2.5, 1.0, 1.0)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fedsynth.core.accounting import leaves
 from fedsynth.core.errors import ConfigError
+from fedsynth.core.leaf import Leaf
 from fedsynth.core.mechanism import Lattice, clipped_sum
 from fedsynth.core.query import NoisySum
 from fedsynth.core.records import BoundedShard, Records
@@ -84,7 +85,7 @@ def test_a_user_with_many_records_weighs_as_much_as_one_record_of_max_norm():
 def test_the_event_is_the_one_query():
     query = first_query(Independent(), schema_of(4, 2))
 
-    assert leaves(Independent().event(schema_of(4, 2), 1.0)) == {(query.noise_multiplier, 1.0): 1}
+    assert leaves(Independent().event(schema_of(4, 2), 1.0)) == {Leaf(query.noise_multiplier): 1}
 
 
 def test_exact_sums_give_the_columns_own_shares():

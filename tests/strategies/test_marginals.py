@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fedsynth.core.accounting import calibrate, leaves, mu_of
 from fedsynth.core.errors import ConfigError
+from fedsynth.core.leaf import Leaf
 from fedsynth.core.mechanism import Lattice, clipped_sum
 from fedsynth.core.privacy import Budget
 from fedsynth.core.query import NoisySum
@@ -99,7 +100,7 @@ def test_three_sums_are_asked_and_cost_what_the_event_says():
 
     assert [query.name for query in asked] == ["columns", "pairs", "tables"]
     event = strategy.event(schema, 2.0)
-    assert leaves(event) == Counter((q.noise_multiplier, 1.0) for q in asked)
+    assert leaves(event) == Counter(Leaf(q.noise_multiplier) for q in asked)
     assert mu_of(event) == pytest.approx(1 / 2.0)
 
 

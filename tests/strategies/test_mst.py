@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from fedsynth.core.accounting import calibrate, leaves, mu_of
 from fedsynth.core.errors import ConfigError
+from fedsynth.core.leaf import Leaf
 from fedsynth.core.mechanism import Lattice, clipped_sum
 from fedsynth.core.privacy import Budget
 from fedsynth.core.query import NoisySum, Query
@@ -170,7 +171,7 @@ def test_the_event_is_the_queries_and_costs_what_one_gaussian_does():
     event = Mst().event(schema, 2.0)
 
     assert [q.name for q in asked] == ["columns", "pairs", "tree"]
-    assert leaves(event) == Counter((q.noise_multiplier, 1.0) for q in asked)
+    assert leaves(event) == Counter(Leaf(q.noise_multiplier) for q in asked)
     assert mu_of(event) == pytest.approx(1 / 2.0)
 
 
@@ -225,7 +226,7 @@ def test_a_schema_of_one_column_is_measured_once():
     asked, learned = queries_and_result(Mst(), schema, shard, noise_multiplier=1e-9)
 
     assert len(asked) == 1
-    assert leaves(Mst().event(schema, 1.0)) == {(1.0, 1.0): 1}
+    assert leaves(Mst().event(schema, 1.0)) == {Leaf(1.0, 1.0): 1}
     np.testing.assert_allclose(learned.model.columns[0], [0.1, 0.2, 0.3, 0.4, 0], atol=1e-6)
 
 

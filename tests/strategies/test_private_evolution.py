@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fedsynth.core import accounting
 from fedsynth.core.errors import ConfigError
+from fedsynth.core.leaf import Leaf
 from fedsynth.core.mechanism import Lattice, clipped_sum
 from fedsynth.core.privacy import Budget
 from fedsynth.core.query import NoisySum
@@ -336,7 +337,7 @@ def test_rounds_have_equal_noise_that_adds_up_to_one_gaussian():
 
     leaves = accounting.leaves(strategy.event(LABELLED, 1.5))
 
-    assert leaves == {(3.0, 1.0): 4}
+    assert leaves == {Leaf(3.0, 1.0): 4}
 
 
 def test_grounding_takes_its_share_and_nothing_where_there_is_no_column_to_ground():
@@ -346,8 +347,8 @@ def test_grounding_takes_its_share_and_nothing_where_there_is_no_column_to_groun
     image = accounting.leaves(strategy.event(DIGITS, 1.5))
 
     assert sorted(table.values()) == [1, 4]
-    assert sorted(noise for noise, _ in table) == pytest.approx([2.5, 3.75])
-    assert image == {(3.0, 1.0): 4}
+    assert sorted(noise for noise, *_ in table) == pytest.approx([2.5, 3.75])
+    assert image == {Leaf(3.0, 1.0): 4}
 
 
 def test_every_candidate_goes_back_to_one_of_the_first_pool_with_its_label():

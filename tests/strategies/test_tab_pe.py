@@ -172,7 +172,7 @@ def test_classes_have_candidates_by_the_noisy_histogram_and_nothing_else():
 def test_the_label_histogram_costs_a_share_of_its_own():
     event = TabPe(class_share=0.1, column_share=0.2, num_rounds=7).event(LABELLED, 2.0)
 
-    noises = sorted(noise for noise, _ in leaves(event))
+    noises = sorted(noise for noise, *_ in leaves(event))
     assert mu_of(event) == pytest.approx(0.5)
     assert sum(leaves(event).values()) == 9
     assert noises == pytest.approx([2 / 0.2**0.5, 2 / 0.1**0.5, 2 / 0.1**0.5], rel=1e-6) or (
