@@ -88,7 +88,7 @@ class DpDiffusion(Training):
         check_range(2, 1000, num_sampling_steps=self.num_sampling_steps)
         if self.level != "user" or self.correlation != "none":
             raise ConfigError(
-                "dp_diffusion has few rounds, at the level of users: leave out level and correlation"
+                "dp_diffusion has few rounds, of sums over users: leave out level and correlation"
             )
         if not 0 <= self.warm_share <= 1:
             raise ConfigError(f"warm_share must lie in [0, 1], not {self.warm_share!r}")
