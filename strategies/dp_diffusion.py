@@ -3,7 +3,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from ..core.checkpoint import State
 from ..core.errors import ConfigError
-from ..core.query import Contribution, Query, Steps
+from ..core.query import Contribution, NoisySum, Query, Steps
 from ..core.records import BoundedShard
 from ..core.schema import Schema
-from .parts.class_moments import ClassMoments, Measuring
+from .parts.class_moments import ClassMoments, Measuring, kept
 from .parts.codec import Codec, Start, codec_for
 from .parts.denoiser import Denoiser, Layout, Scope, directions_of, labels_of
 from .parts.diffusion import Diffusion
@@ -37,9 +37,12 @@ class DpDiffusion(Training):
 
     First one noisy sum tells mean and covariance of each class: the model's warm start, which is
     one Gaussian a class. Then users train a small denoiser, by clipped updates as in `dp_fedavg`,
-    in what a class has beyond its Gaussian. With `start = "handwriting"` numbers, denoiser and what
-    is thought of a class before it is measured come from public scripts (Omniglot), and users
-    fine-tune; with `"scratch"` the numbers are cosines and the denoiser is random.
+    in what a class has beyond its Gaussian. Each noisy sum is drawn towards nothing by as much of
+    it as noise explains: under much noise little is learned, and little is spoiled.
+
+    With `start = "handwriting"` the numbers, the denoiser and what is thought of a class before it
+    is measured come from public scripts (Omniglot), and users fine-tune; with `"scratch"` the
+    numbers are cosines and the denoiser is random.
 
     The schema is an image and at most one category, the label.
 
@@ -60,8 +63,8 @@ class DpDiffusion(Training):
     Reference:
       Dockhorn et al. (2023), "Differentially Private Diffusion Models", arXiv 2210.09929;
       Liu et al. (2023), "Differentially Private Latent Diffusion Models", arXiv 2305.15759, for
-      training in the latent space of a public autoencoder. The warm start follows Gong et al.
-      (2025), "DP-FETA", https://arxiv.org/abs/2504.01395, with moments in place of mean images.
+      training in the latent space of a public autoencoder. The warm start follows Li et al.
+      (2025), "From Easy to Hard", arXiv 2504.01395, with moments in place of mean images.
     """
 
     name: ClassVar[str] = "dp_diffusion"
@@ -75,7 +78,7 @@ class DpDiffusion(Training):
     label: str | None = None
     start: Start = "handwriting"
     scope: Scope = "head"
-    warm_share: float = 0.6
+    warm_share: float = 0.7
     multiplicity: int = 4
     rank: int = 64
     width: int = 128
@@ -157,7 +160,8 @@ class DpDiffusion(Training):
             steps = self.updates_from(weights, update, rng)
             mean, counted = np.zeros_like(steps.weights), 0
             for number in range(self.num_rounds):
-                now = steps.take((yield steps.ask(told)))
+                noisy = yield steps.ask(told)
+                now = steps.take(_without_noise(noisy, len(weights)))
                 if number >= self.num_rounds // 2:
                     counted += 1
                     mean += (now - mean) / counted
@@ -316,6 +320,15 @@ class DpDiffusion(Training):
 def _public() -> np.random.Generator:
     """Source of a denoiser's random weights, which clients draw as the server does."""
     return np.random.default_rng(0)
+
+
+def _without_noise(noisy: NoisySum, num_weights: int) -> NoisySum:
+    """A noisy update drawn towards nothing, by as much of it as noise explains."""
+    if noisy.is_void:
+        return noisy
+    update = noisy.vector[:num_weights]
+    share = kept(noisy.stddev**2 * num_weights, (update**2).sum())
+    return replace(noisy, vector=np.concatenate([share * update, noisy.vector[num_weights:]]))
 
 
 def _label_of(query: Query, shape: RecordShape) -> int:

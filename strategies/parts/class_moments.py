@@ -157,7 +157,7 @@ class Measuring:
         held = np.maximum(masses, max(stddev, 0.01 * total / self.num_classes))
         noise = noisy.stddev / held  # of a mean of weight one
         means = sums[:, 1 : 1 + size] / first / held[:, None]
-        means *= _kept(noise**2 * size, (means**2).sum(axis=1))[:, None]
+        means *= kept(noise**2 * size, (means**2).sum(axis=1))[:, None]
         beyond = np.zeros((self.num_classes, size, size))
         upper = np.triu_indices(size)
         beyond[:, upper[0], upper[1]] = sums[:, 1 + size :] / second / held[:, None]
@@ -167,11 +167,11 @@ class Measuring:
         weights = (1 / energy) / (1 / energy).sum()
         common = np.einsum("k,kij->ij", weights, beyond)
         level = np.trace(common) / size * np.eye(size)  # hardly noisy, so it is kept as it is
-        common = level + (common - level) * _kept(
+        common = level + (common - level) * kept(
             1 / (1 / energy).sum(), ((common - level) ** 2).sum()
         )
         off = beyond - common
-        off *= _kept(energy, (off**2).sum(axis=(1, 2)))[:, None, None]
+        off *= kept(energy, (off**2).sum(axis=(1, 2)))[:, None, None]
         found = np.eye(size) + common + off
         return ClassMoments(shares, means, _powers(found, 1.0))
 
@@ -182,8 +182,8 @@ class Measuring:
         return 1.0, self.second_weight * twice
 
 
-def _kept(noise: NDArray[np.float64] | float, seen: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How much of a noisy vector to keep, by its own squared norm and that of noise in it.
+def kept(noise: NDArray[np.float64] | float, seen: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How much of noisy vectors to keep, by their own squared norms and that of noise in them.
 
     Reference:
       James and Stein (1961), "Estimation with Quadratic Loss", the positive part.

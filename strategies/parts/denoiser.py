@@ -21,7 +21,7 @@ from ...core.records import Records
 from ...core.schema import Schema
 from ...core.synthesizer import Synthesizer
 from .class_moments import ClassMoments, seen_by_class
-from .codec import Codec
+from .codec import STEPS, Codec
 from .trainable import Trainable
 
 Scope = Literal["head", "all"]
@@ -159,19 +159,19 @@ class Denoiser(Trainable):
         level = level[:, :, None]
         noisy = unit[:, None, :] + level * noise
         keep = 1 / (1 + level**2)
-        roots, means = self._tensors(torch)
-        place = means[labels][:, None, :] + torch.bmm(keep * noisy, roots[labels])
-        angle = torch.log(level) * self._waves(torch)
+        known = self._constants(torch, unit.device)
+        place = known.means[labels][:, None, :] + torch.bmm(keep * noisy, known.roots[labels])
+        angle = torch.log(level) * known.waves
         entered = torch.cat([noisy * keep.sqrt(), place, torch.sin(angle), torch.cos(angle)], dim=2)
-        w = self._start(torch) if self.scope == "head" else weights
+        w = known.start if self.scope == "head" else weights
         silu = torch.nn.functional.silu
         own = [w[name][labels][:, None, :] for name in _OWN]
         hidden = silu(entered @ w["enter.w"] + w["enter.b"] + own[0])
         hidden = hidden + silu(hidden @ w["inner.w"] + w["inner.b"] + own[1])
         guess = hidden @ w["leave.w"] + w["leave.b"]
         if self.scope == "head":
-            directions = self._kept(torch)[4]
-            guess = guess + (hidden @ directions[:-1] + directions[-1]) @ weights["head"]
+            scaled = hidden @ known.directions[:-1] + known.directions[-1]
+            guess = guess + scaled @ weights["head"]
         aim = (unit[:, None, :] - keep * noisy) / (level * keep.sqrt())
         return (guess - aim).square().sum(dim=2).mean(dim=1) / 2
 
@@ -188,32 +188,29 @@ class Denoiser(Trainable):
         w = dict(self.start)
         return w | {"leave.w": w["leave.w"] + added[:-1], "leave.b": w["leave.b"] + added[-1]}
 
-    def _tensors(self, torch: Any) -> tuple[Any, Any]:
-        """Roots and means of classes."""
-        return self._kept(torch)[:2]
-
-    def _waves(self, torch: Any) -> Any:
-        """Frequencies of the level's logarithm."""
-        return self._kept(torch)[2]
-
-    def _start(self, torch: Any) -> dict[str, Any]:
-        """All weights, where training starts."""
-        found: dict[str, Any] = self._kept(torch)[3]
-        return found
-
-    def _kept(self, torch: Any) -> tuple[Any, Any, Any, dict[str, Any], Any]:
-        """Constants as tensors, made once."""
-        known = self.__dict__.get("_constants")
-        if known is None:
-            known = (
-                torch.from_numpy(np.array(self.roots)),
-                torch.from_numpy(self.means.astype(np.float32) / 256),
-                torch.from_numpy(waves()),
-                {name: torch.from_numpy(np.array(part)) for name, part in self.start.items()},
-                torch.from_numpy(np.array(self.directions)),
+    def _constants(self, torch: Any, device: Any) -> "_Constants":
+        """What does not change while training does, where it is computed; made once for each."""
+        known: dict[str, _Constants] = self.__dict__.setdefault("_made", {})
+        if str(device) not in known:
+            known[str(device)] = _Constants(
+                torch.tensor(self.roots, device=device),
+                torch.tensor(self.means.astype(np.float32) / STEPS, device=device),
+                torch.tensor(waves(), device=device),
+                torch.tensor(self.directions, device=device),
+                {name: torch.tensor(part, device=device) for name, part in self.start.items()},
             )
-            self.__dict__["_constants"] = known
-        return known  # type: ignore[no-any-return]
+        return known[str(device)]
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """Constants of a denoiser, as tensors."""
+
+    roots: Any
+    means: Any
+    waves: Any
+    directions: Any
+    start: Mapping[str, Any]
 
 
 def labels_of(records: Records, label: int) -> NDArray[np.int64]:
@@ -249,7 +246,8 @@ def guessed(
     keep = np.float32(1 / (1 + level**2))
     hidden = hidden_of(w, noisy, np.full((len(noisy), 1), level, np.float32), labels, means, roots)
     added = hidden @ w["leave.w"] + w["leave.b"]
-    return keep * noisy + np.float32(level) * np.sqrt(keep) * added
+    guess: NDArray[np.float32] = keep * noisy + np.float32(level) * np.sqrt(keep) * added
+    return guess
 
 
 def hidden_of(
@@ -270,7 +268,8 @@ def hidden_of(
     angle = np.log(level) * waves()
     entered = np.concatenate([noisy * np.sqrt(keep), place, np.sin(angle), np.cos(angle)], axis=1)
     hidden = _silu(entered @ w["enter.w"] + w["enter.b"] + w["enter.class"][labels])
-    return hidden + _silu(hidden @ w["inner.w"] + w["inner.b"] + w["inner.class"][labels])
+    hidden = hidden + _silu(hidden @ w["inner.w"] + w["inner.b"] + w["inner.class"][labels])
+    return np.asarray(hidden, dtype=np.float32)
 
 
 def directions_of(
@@ -301,4 +300,4 @@ def directions_of(
 
 def _silu(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Each value times its logistic function."""
-    return values / (1 + np.exp(-np.clip(values, -60, 60)))
+    return np.asarray(values / (1 + np.exp(-np.clip(values, -60, 60))))
