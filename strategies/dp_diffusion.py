@@ -3,8 +3,9 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,7 +133,7 @@ class DpDiffusion(Training):
         shape = RecordShape.of(schema)
         codec, label = self._codec(schema)
         layout = self._layout(codec, shape, label)
-        public = {
+        public: dict[str, NDArray[Any]] = {
             **shape.inputs(),
             "label": np.array([label], dtype=np.int64),
             "digest": codec.digest(),
@@ -149,7 +150,7 @@ class DpDiffusion(Training):
                 inputs={**public, "second_weight": np.array([asked.second_weight])},
             )
             moments = asked.read(noisy, codec)
-        told = {**public, **moments.inputs(), "roots": moments.roots()}
+        told: dict[str, NDArray[Any]] = {**public, **moments.inputs(), "roots": moments.roots()}
         first = layout.initial(codec.denoiser(), _public())
         told["directions"] = np.zeros((layout.width + 1, 0), dtype=np.float32)
         if self.scope == "head":
@@ -234,24 +235,24 @@ class DpDiffusion(Training):
             "roots": ((classes, size, size), np.float32),
             "directions": ((layout.width + 1, self._rank(layout)), np.float32),
         }
-        told: dict[str, NDArray[np.generic]] = {}
+        told: dict[str, NDArray[Any]] = {}
         for name, (fits, dtype) in expected.items():
             array = query.inputs.get(name)
             if array is None or array.shape != fits or array.dtype != dtype:
                 raise ConfigError(f"the request's {name} do not fit the records it describes")
             told[name] = array
-        if (np.abs(told["backs"].astype(np.int64)) > 1 << 16).any():  # type: ignore[operator]
+        if (np.abs(told["backs"].astype(np.int64)) > 1 << 16).any():
             raise ConfigError("the request's backs are beyond any that are measured")
         first = layout.initial(codec.denoiser(), _public())
-        return self._denoiser(layout, codec, label, told, first)  # type: ignore[arg-type]
+        return self._denoiser(layout, codec, label, told, first)
 
     def _denoiser(
         self,
         layout: Layout,
         codec: Codec,
         label: int,
-        told: dict[str, NDArray[np.generic]],
-        first: dict[str, NDArray[np.float32]],
+        told: Mapping[str, NDArray[Any]],
+        first: Mapping[str, NDArray[np.float32]],
     ) -> Denoiser:
         """The denoiser of classes whose moments are told, from some weights on."""
         return Denoiser(
@@ -260,11 +261,11 @@ class DpDiffusion(Training):
             self.multiplicity,
             label,
             codec,
-            told["means"],  # type: ignore[arg-type]
-            told["backs"],  # type: ignore[arg-type]
-            told["roots"],  # type: ignore[arg-type]
+            told["means"],
+            told["backs"],
+            told["roots"],
             first,
-            told["directions"],  # type: ignore[arg-type]
+            told["directions"],
         )
 
     def _rank(self, layout: Layout) -> int:
