@@ -15,7 +15,7 @@ from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Column, ImageColumn, Schema
 from fedsynth.simulation.check import check_strategy, made_up, small_images, small_table
 from fedsynth.simulation.direct import direct_run, non_private, prior
-from fedsynth.strategies.dp_diffusion import DpDiffusion
+from fedsynth.strategies.dp_diffusion import DpDiffusion, _without_noise
 from fedsynth.strategies.parts.class_moments import ClassMoments, Measuring, seen_by_class
 from fedsynth.strategies.parts.codec import Cosines, Handwriting
 from fedsynth.strategies.parts.denoiser import Denoiser, Layout, directions_of, guessed
@@ -87,6 +87,7 @@ def test_it_keeps_all_it_owes_without_moments_and_with_them_alone(warm_share):
     assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
 
 
+@pytest.mark.slow
 def test_fine_tuning_keeps_all_it_owes():
     strategy = DpDiffusion(num_rounds=1, num_users=30, local_steps=1)
 
@@ -343,6 +344,16 @@ def test_an_image_comes_back_from_its_numbers():
         gap = (back.astype(float) - bars).var() / bars.var()
 
         assert gap < most
+
+
+def test_an_update_is_drawn_towards_nothing_by_what_noise_explains():
+    noise = rng().normal(0, 2.0, 4000)
+
+    clear = _without_noise(NoisySum(noise + 20.0, 2.0, 1), 4000)
+    lost = _without_noise(NoisySum(noise + 0.02, 2.0, 1), 4000)
+
+    assert abs(clear.vector.mean() - 20.0) < 0.5
+    assert np.abs(lost.vector).max() < 0.2 * np.abs(noise).max()
 
 
 def test_a_query_names_its_rounds():
