@@ -21,11 +21,11 @@ from ..core.candidates import Candidates
 from ..core.errors import ConfigError
 from ..core.generation import Subject
 from .variation import Capabilities, Estimate, VariationModel, image_shape
+from .whole import VALUE_STEPS, through
 
 SIDE = 28
 _WEIGHTS = Path(__file__).with_name("glyphs.safetensors")
-_VALUE_STEPS, _WEIGHT_STEPS = 1 << 8, 1 << 12  # of one, as the weights are stored
-_MOST_LOGIT = 8 * _VALUE_STEPS  # beyond it a pixel is white
+_MOST_LOGIT = 8 * VALUE_STEPS  # beyond it a pixel is white
 _IMAGES_A_CPU_S = 5000  # on one core of 2024
 
 
@@ -130,23 +130,15 @@ def decoded(latent: NDArray[np.float32], contrast: float) -> NDArray[np.uint8]:
       latent: `(num_images, 21)`; what lies further out than 8 counts as 8.
       contrast: What logits are multiplied with.
     """
-    weights = _weights()
-    last = len(weights) // 2 - 1
-    values = np.rint(np.clip(latent.astype(np.float64), -8, 8) * _VALUE_STEPS)
-    for layer in range(last + 1):
-        # whole numbers below 2^53: exact, however the product is summed
-        sums = values @ weights[f"weight{layer}"] + weights[f"bias{layer}"]
-        values = np.rint(sums / _WEIGHT_STEPS)
-        if layer < last:
-            values = np.maximum(values, 0.0)
-    logits = np.clip(values, -_MOST_LOGIT, _MOST_LOGIT).astype(np.int64)
+    values = np.rint(np.clip(latent.astype(np.float64), -8, 8) * VALUE_STEPS)
+    logits = np.clip(through(values, _weights()), -_MOST_LOGIT, _MOST_LOGIT).astype(np.int64)
     return _shades(contrast)[logits + _MOST_LOGIT].reshape(-1, SIDE, SIDE, 1)
 
 
 @cache
 def _shades(contrast: float) -> NDArray[np.uint8]:
     """Brightness of each logit, in its steps, from the lowest."""
-    logits = np.arange(-_MOST_LOGIT, _MOST_LOGIT + 1) / _VALUE_STEPS
+    logits = np.arange(-_MOST_LOGIT, _MOST_LOGIT + 1) / VALUE_STEPS
     return np.rint(255 / (1 + np.exp(-contrast * logits))).astype(np.uint8)
 
 

@@ -33,6 +33,7 @@ STRATEGIES = {
     "dp_merf": "strategies.dp_merf:DpMerf",
     "dp_fedavg": "strategies.dp_fedavg:DpFedAvg",
     "dp_fedavg_gan": "strategies.dp_fedavg_gan:DpFedAvgGan",
+    "dp_diffusion": "strategies.dp_diffusion:DpDiffusion",
     "dp_wgan": "strategies.dp_wgan:DpWgan",
     "rdp_gan": "strategies.rdp_gan:RdpGan",
     "relational": "strategies.relational:Relational",
@@ -50,6 +51,7 @@ SYNTHESIZERS = {
     "expanded": "strategies.parts.expanded:Expanded",
     "network": "strategies.parts.generator:Network",
     "autoencoder": "strategies.parts.autoencoder:Autoencoder",
+    "diffusion": "strategies.parts.diffusion:Diffusion",
     "guided": "strategies.dpdsyn:Guided",
 }
 

@@ -37,6 +37,7 @@ QUICK = {
     "tab_pe": {"num_rounds": 3, "num_candidates": 40},
     "dp_fedavg": {"num_rounds": 3, "num_users": 40, "sampling_prob": 0.5},
     "dp_fedavg_gan": {"num_rounds": 3, "num_users": 40, "sampling_prob": 0.5, "steps_per_round": 2},
+    "dp_diffusion": {"start": "scratch", "num_rounds": 2, "num_users": 40, "width": 16},
     "dp_merf": {"num_steps": 20},
     "dp_wgan": {"num_rounds": 3, "steps_per_round": 2, "batch_size": 64},
     "rdp_gan": {"num_rounds": 3, "steps_per_round": 2, "batch_size": 64},
@@ -55,13 +56,13 @@ TABLES_ONLY = {
     "tab_pe",
     "relational",
 }
-IMAGES_ONLY = {"dp_fedavg_gan"}
+IMAGES_ONLY = {"dp_fedavg_gan", "dp_diffusion"}
 TEXTS_ONLY = {"popri", "pre_text", "topics"}
 CASES = [
     (name, schema)
     for name in strategy_names()
     for schema in ("table", "images")
-    if name not in TEXTS_ONLY
+    if name not in TEXTS_ONLY and not (name in IMAGES_ONLY and schema == "table")
 ]
 WORDS = {"model": "words", "embedder": "word_hashes", "num_votes": 1}
 
