@@ -32,6 +32,7 @@ STRATEGIES = {
     "topics": "strategies.topics:Topics",
     "dp_merf": "strategies.dp_merf:DpMerf",
     "dp_fedavg": "strategies.dp_fedavg:DpFedAvg",
+    "dp_lora": "strategies.dp_lora:DpLora",
     "dp_wgan": "strategies.dp_wgan:DpWgan",
     "rdp_gan": "strategies.rdp_gan:RdpGan",
     "relational": "strategies.relational:Relational",
@@ -50,6 +51,7 @@ SYNTHESIZERS = {
     "network": "strategies.parts.generator:Network",
     "autoencoder": "strategies.parts.autoencoder:Autoencoder",
     "guided": "strategies.dpdsyn:Guided",
+    "language_texts": "strategies.parts.tuned_language:LanguageTexts",
 }
 
 

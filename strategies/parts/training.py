@@ -104,7 +104,7 @@ class Training(Strategy):
         steps = self.updates_from(model.initial(rng), noise_multiplier)
         mean, counted = np.zeros_like(steps.weights), 0
         for number in range(self.num_rounds):
-            noisy = yield steps.ask(shape.inputs())
+            noisy = yield steps.ask({**shape.inputs(), **model.inputs()})
             weights = steps.take(noisy)
             if number >= self.num_rounds // 2:
                 counted += 1
@@ -143,6 +143,7 @@ class Training(Strategy):
         if weights is None or query.dim != model.num_weights:
             raise ConfigError("the request's weights do not fit the model of its settings")
         shape.check(shard.records)
+        model.check_inputs(query.inputs)
         training = LocalTraining(self.local_steps, self.local_lr, self.local_batch)
         seed = int(rng.integers(1 << 62))
         return Contribution.rows(updates(model, weights, shard, training, seed=seed))
