@@ -63,7 +63,12 @@ class DpLora(Training):
     path: str = ""
 
     def check(self) -> None:
-        """Refuse adapters that cannot be placed, or texts without tokens."""
+        """Refuse adapters that cannot be placed, texts without tokens, and users side by side."""
+        if self.per_user == "vmap":
+            raise ConfigError(
+                "dp_lora runs each text alone through the language model: set per_user to loop or"
+                " auto"
+            )
         check_range(1, 4096, max_tokens=self.max_tokens)
         _ = self._place, self._prompts
 

@@ -2,8 +2,8 @@
 """Train a model by clipped updates of users, each round with users by secret coins."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from ...core.errors import ConfigError
 from ...core.query import Contribution, Query, Rounds, Strategy
 from ...core.records import BoundedShard
 from ...core.schema import Schema
-from .local_training import LocalTraining, updates
+from .local_training import LocalTraining, PerUser, updates
 from .server_optimizer import ServerOptimizer
 from .trainable import RecordShape, Trainable
 from .updates import Updates
@@ -41,9 +41,14 @@ class Training(Strategy):
       local_steps: Gradient steps of each user; 1 is federated SGD.
       local_lr: Their size.
       local_batch: Records of a local step; `None`: all that the user has.
-      server_optimizer: `adam` (FedAdam) or `sgd` (FedAvg, with momentum: FedAvgM).
-      server_lr: Step of the server.
-      momentum: Of the server's optimizer.
+      per_user: How users' steps are taken: `loop`, one user by one; `vmap`, side by side; `auto`,
+        as is faster for the model. Speed alone.
+      server_optimizer: A strategy of Flower's, which is handed the noisy mean as its one reply:
+        `fedavg`, `fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`; or your own, installed as an entry
+        point of `fedsynth.server_optimizers`.
+      server_lr: Step of the server, but for `fedavg`, which takes the mean as it is.
+      momentum: Of `fedavgm`, `fedadam` and `fedyogi`.
+      server_settings: More for the optimizer's constructor; all of it, for your own.
 
     Reference:
       McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", arXiv
@@ -58,9 +63,11 @@ class Training(Strategy):
     local_steps: int = 1
     local_lr: float = 0.1
     local_batch: int | None = None
-    server_optimizer: Literal["adam", "sgd"] = "adam"
+    per_user: PerUser = "auto"
+    server_optimizer: str = "fedadam"
     server_lr: float = 0.02
     momentum: float = 0.9
+    server_settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -69,13 +76,12 @@ class Training(Strategy):
                 raise ConfigError(f"{key} must be 1 or more, not {getattr(self, key)}")
         if self.local_batch is not None and self.local_batch < 1:
             raise ConfigError(f"local_batch must be 1 or more, not {self.local_batch}")
-        for key in ("clip", "local_lr", "server_lr"):
+        for key in ("clip", "local_lr"):
             if not 0 < getattr(self, key) < 1e6:
                 raise ConfigError(f"{key} must be above 0, not {getattr(self, key)}")
         if not 0 < self.sampling_prob <= 1:
             raise ConfigError(f"sampling_prob must lie in (0, 1], not {self.sampling_prob}")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum must lie in [0, 1), not {self.momentum}")
+        self._optimizer()
         self.check()
 
     @abstractmethod
@@ -94,6 +100,7 @@ class Training(Strategy):
         """`num_rounds` sums over users who joined by a coin, each with `noise_multiplier`."""
         from ...core.accounting import event_of
 
+        self._optimizer().build(seed=0)
         refuse_wide(schema, self.name, self.model_for(RecordShape.of(schema)).num_weights)
         return event_of({(noise_multiplier, float(self.sampling_prob)): self.num_rounds})
 
@@ -101,7 +108,7 @@ class Training(Strategy):
         """Ask for updates and move the weights by them."""
         shape = RecordShape.of(schema)
         model = self.model_for(shape)
-        steps = self.updates_from(model.initial(rng), noise_multiplier)
+        steps = self.updates_from(model.initial(rng), noise_multiplier, rng)
         mean, counted = np.zeros_like(steps.weights), 0
         for number in range(self.num_rounds):
             noisy = yield steps.ask({**shape.inputs(), **model.inputs()})
@@ -116,18 +123,17 @@ class Training(Strategy):
         shape = RecordShape.from_inputs(query.inputs)
         return self.contribution(self.model_for(shape), shape, query, shard, rng)
 
-    def updates_from(self, weights: NDArray[np.float32], noise_multiplier: float) -> Updates:
+    def updates_from(
+        self, weights: NDArray[np.float32], noise_multiplier: float, rng: np.random.Generator
+    ) -> Updates:
         """The server's half of the rounds, from some weights on."""
-        optimizer = ServerOptimizer(
-            self.server_optimizer, len(weights), lr=self.server_lr, momentum=self.momentum
-        )
         return Updates(
             weights,
             clip=self.clip,
             noise_multiplier=noise_multiplier,
             sampling_prob=self.sampling_prob,
             num_users=self.num_users,
-            optimizer=optimizer,
+            optimizer=self._optimizer().build(seed=int(rng.integers(1 << 31))),
         )
 
     def contribution(
@@ -144,6 +150,12 @@ class Training(Strategy):
             raise ConfigError("the request's weights do not fit the model of its settings")
         shape.check(shard.records)
         model.check_inputs(query.inputs)
-        training = LocalTraining(self.local_steps, self.local_lr, self.local_batch)
+        training = LocalTraining(self.local_steps, self.local_lr, self.local_batch, self.per_user)
         seed = int(rng.integers(1 << 62))
         return Contribution.rows(updates(model, weights, shard, training, seed=seed))
+
+    def _optimizer(self) -> ServerOptimizer:
+        """The server's optimizer, by its name."""
+        return ServerOptimizer(
+            self.server_optimizer, self.server_lr, self.momentum, self.server_settings
+        )

@@ -209,8 +209,8 @@ class TunedLanguage(Trainable):
         return texts
 
     def _adapters(self, weights: Mapping[str, Any]) -> Adapters:
-        """Both factors of each adapter."""
-        return {name: (self.fixed[name], weights[name]) for name in self.shapes}
+        """Both factors of each adapter; the model runs on the processor, whatever the device."""
+        return {name: (self.fixed[name], weights[name].to("cpu")) for name in self.shapes}
 
 
 @dataclass(frozen=True, eq=False)

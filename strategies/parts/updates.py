@@ -2,13 +2,17 @@
 """The server's half of training: ask users for their updates, move the weights by the noisy sum."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...core.query import NoisySum, Query
-from .server_optimizer import ServerOptimizer
+
+if TYPE_CHECKING:
+    from .flower_optimizer import FlowerOptimizer
+
+RESOLUTION = 16  # of an update: with it a sum travels in four bytes a weight
 
 
 class Updates:
@@ -30,7 +34,7 @@ class Updates:
         noise_multiplier: float,
         sampling_prob: float,
         num_users: int,
-        optimizer: ServerOptimizer,
+        optimizer: "FlowerOptimizer",
     ) -> None:
         """Start from weights.
 
@@ -60,6 +64,7 @@ class Updates:
             clip=self._clip,
             noise_multiplier=self._noise_multiplier,
             sampling_prob=self._sampling_prob,
+            resolution=RESOLUTION,
             inputs={**inputs, "weights": self.weights.astype(np.float32)},
         )
 
