@@ -52,6 +52,11 @@ class DpLora(Training):
     name: ClassVar[str] = "dp_lora"
     reads_text: ClassVar[bool] = True
     paths: ClassVar[tuple[str, ...]] = ("path",)
+    caution: ClassVar[str] = (
+        "The texts are a public language model's, tuned by users. What it repeats of the public"
+        " texts that it was made from is not covered by the guarantee. Categories are drawn"
+        " uniformly: how many records users have of each was not measured."
+    )
     about: str = "short texts"
     examples: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()

@@ -54,7 +54,7 @@ TABLES_ONLY = {
     "tab_pe",
     "relational",
 }
-TEXTS_ONLY = {"popri", "pre_text", "topics"}
+TEXTS_ONLY = {"popri", "pre_text", "topics", "dp_lora"}
 CASES = [
     (name, schema)
     for name in strategy_names()
