@@ -259,11 +259,12 @@ def frozen(where: Path) -> Frozen:
     return Frozen(where)
 
 
-def fixed_factor(place: Place, name: str, inputs: int) -> Any:
+@lru_cache(maxsize=512)
+def fixed_factor(name: str, rank: int, inputs: int) -> Any:
     """The factor of an adapter that is never trained, `(rank, inputs)`: the same everywhere."""
     torch = torch_for(_NEEDED_BY)
     seed = [_SEED, *hashlib.sha256(name.encode()).digest()[:8]]
-    drawn = np.random.default_rng(seed).standard_normal((place.rank, inputs)) / place.rank**0.5
+    drawn = np.random.default_rng(seed).standard_normal((rank, inputs)) / rank**0.5
     return torch.from_numpy(drawn.astype(np.float32)).bfloat16()
 
 

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -60,19 +60,25 @@ class Prompts:
         if not all(text.strip() for text in (*self.examples, *self.codes)):
             raise ConfigError("dp_lora: examples and codes must each say something")
 
-    def of(self, tokenizer: Any, code: int) -> str:
+    def of(self, base: Frozen, code: int) -> str:
         """The prompt for a code, up to where the model speaks."""
-        asked = f"Write one: {self.codes[code]}." if self.codes else "Write one."
-        system = f"You write {self.about}. You answer with one such text and nothing else."
-        turns = [{"role": "system", "content": system}]
-        for text in self.examples:
-            turns.append({"role": "user", "content": "Write one."})
-            turns.append({"role": "assistant", "content": " ".join(text.split())})
-        turns.append({"role": "user", "content": asked})
-        rendered: str = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False
-        )
-        return rendered
+        return _rendered(base, self, code)
+
+
+@lru_cache(maxsize=256)
+def _rendered(base: Frozen, prompts: Prompts, code: int) -> str:
+    """`Prompts.of`, once a code."""
+    asked = f"Write one: {prompts.codes[code]}." if prompts.codes else "Write one."
+    system = f"You write {prompts.about}. You answer with one such text and nothing else."
+    turns = [{"role": "system", "content": system}]
+    for text in prompts.examples:
+        turns.append({"role": "user", "content": "Write one."})
+        turns.append({"role": "assistant", "content": " ".join(text.split())})
+    turns.append({"role": "user", "content": asked})
+    rendered: str = base.tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=False
+    )
+    return rendered
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class TunedLanguage(Trainable):
     def fixed(self) -> Mapping[str, Any]:
         """The factor of each adapter that nobody trains."""
         return {
-            name: fixed_factor(self.place, name, self.base.sizes(name.partition(".")[2])[0])
+            name: fixed_factor(name, self.place.rank, self.base.sizes(name.partition(".")[2])[0])
             for name in self.shapes
         }
 
@@ -157,7 +163,7 @@ class TunedLanguage(Trainable):
         lost = []
         for row, code in zip(seen[0].tolist(), seen[1].tolist(), strict=True):
             tokens = tuple(token for token in row if token >= 0)
-            prompt = self.prompts.of(base.tokenizer, code)
+            prompt = self.prompts.of(base, code)
             lost.append(base.losses(prompt, tokens, adapters, self.place.first_layer)[0].mean())
         return torch.stack(lost)
 
@@ -175,7 +181,7 @@ class TunedLanguage(Trainable):
             rows, codes = self.read(torch, records)
             for i, (row, code) in enumerate(zip(rows.tolist(), codes.tolist(), strict=True)):
                 tokens = tuple(token for token in row if token >= 0)
-                prompt = self.prompts.of(base.tokenizer, code)
+                prompt = self.prompts.of(base, code)
                 lost, right = base.losses(prompt, tokens, adapters, self.place.first_layer)
                 found[i] = float(right.sum()), len(right), float(lost.sum())
         return found
@@ -190,14 +196,15 @@ class TunedLanguage(Trainable):
     ) -> list[str]:
         """A text for each control code, by the tuned model's own probabilities."""
         texts = [""] * len(codes)
+        base, _ = self.base, self.fixed  # made beforehand: what is made for sampling cannot learn
         with one_core(_NEEDED_BY) as torch:
             adapters = self._adapters(self.split(torch.from_numpy(weights)))
             for code in np.unique(codes).tolist():
                 members = np.flatnonzero(codes == code)
-                prompt = self.prompts.of(self.base.tokenizer, code)
+                prompt = self.prompts.of(base, code)
                 for start in range(0, len(members), _TOGETHER):
                     part = members[start : start + _TOGETHER]
-                    found = self.base.written(
+                    found = base.written(
                         prompt,
                         len(part),
                         adapters,
