@@ -171,8 +171,8 @@ def test_a_texts_loss_does_not_depend_on_the_users_other_texts(lora):
 
 
 def test_users_texts_become_likelier(lora):
-    shard = shard_of([["zq zq zq"] for _ in range(40)])
-    settings = replace(lora, num_rounds=6, local_lr=1.0, clip=1.0, server_lr=0.3)
+    shard = shard_of([["zq zq zq"] for _ in range(6)])
+    settings = replace(lora, num_users=6, num_rounds=6, local_lr=1.0, clip=1.0, server_lr=0.3)
     before = model_of(lora)
 
     learned = non_private(settings, TEXTS, shard, np.random.default_rng(0))
@@ -197,10 +197,16 @@ def test_a_release_writes_the_same_texts_after_it_was_saved(lora):
 
 def test_a_control_code_says_which_text_is_likelier(lora):
     coded = replace(
-        lora, codes=("low", "high"), num_rounds=20, clip=1.0, local_lr=1.0, server_lr=0.3
+        lora,
+        codes=("low", "high"),
+        num_users=4,
+        num_rounds=20,
+        clip=1.0,
+        local_lr=1.0,
+        server_lr=0.3,
     )
-    texts = [["aaaa"] if user % 2 else ["zzzz"] for user in range(40)]
-    kinds = [user % 2 for user in range(40)]
+    texts = [["aaaa"] if user % 2 else ["zzzz"] for user in range(4)]
+    kinds = [user % 2 for user in range(4)]
 
     learned = non_private(coded, CODED, shard_of(texts, kinds), np.random.default_rng(0))
     own = learned.guesses(shard_of(texts[:2], [0, 1]).records)[:, 2]
