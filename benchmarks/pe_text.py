@@ -169,7 +169,7 @@ def main() -> int:
     size = replace(SIZES[name], seeds=args.seeds or SIZES[name].seeds)
     figures = report.Report("pe_text", args)
     _noise(figures)
-    with _kept(args.json, name) as (known, folder):
+    with kept(args.json, name) as (known, folder):
         cases = [
             case
             for case in _cases(figures, size, quick=args.quick)
@@ -217,7 +217,7 @@ def _noise(figures: report.Report) -> None:
 def _cases(figures: report.Report, size: Size, *, quick: bool) -> Iterator[Case]:
     """Chatters and roles; quick: the example's roles."""
     if quick:
-        yield _case("shakespeare", _parquet("speeches"), _flat(_parquet("holdout")), size)
+        yield case_of("shakespeare", parquet("speeches"), flat(parquet("holdout")), size)
         return
     texts: dict[str, dict[str, list[str]]] = {}
     for name, file, fewest in (
@@ -228,13 +228,13 @@ def _cases(figures: report.Report, size: Size, *, quick: bool) -> Iterator[Case]
         if not path.exists():
             figures.note(f"{file} is not at hand: nothing of {name}")
             return
-        by_user = _read(path)
+        by_user = read(path)
         texts[name] = {user: own for user, own in by_user.items() if len(own) >= fewest}
     for name, other in (("irc", "shakespeare"), ("shakespeare", "irc")):
-        yield _case(name, texts[name], _flat(texts[other]), size)
+        yield case_of(name, texts[name], flat(texts[other]), size)
 
 
-def _read(path: Path) -> dict[str, list[str]]:
+def read(path: Path) -> dict[str, list[str]]:
     """Texts of each user: those of five words or more, cut at thirty."""
     texts: dict[str, list[str]] = {}
     with gzip.open(path, "rt", encoding="utf-8") as lines:
@@ -246,7 +246,7 @@ def _read(path: Path) -> dict[str, list[str]]:
     return texts
 
 
-def _parquet(name: str) -> dict[str, list[str]]:
+def parquet(name: str) -> dict[str, list[str]]:
     """Texts of each role of the example."""
     texts: dict[str, list[str]] = {}
     for row in pq.read_table(EXAMPLE / f"{name}.parquet").to_pylist():
@@ -254,13 +254,13 @@ def _parquet(name: str) -> dict[str, list[str]]:
     return texts
 
 
-def _flat(texts: dict[str, list[str]]) -> list[str]:
+def flat(texts: dict[str, list[str]]) -> list[str]:
     """All texts in a fixed random order."""
     every = [text for user in sorted(texts) for text in texts[user]]
     return [every[i] for i in np.random.default_rng(0).permutation(len(every))]
 
 
-def _case(name: str, texts: dict[str, list[str]], public: list[str], size: Size) -> Case:
+def case_of(name: str, texts: dict[str, list[str]], public: list[str], size: Size) -> Case:
     """Users dealt out: judges, others, and those who vote."""
     rng = np.random.default_rng(0)
     users = rng.permutation(sorted(texts)).tolist()
@@ -275,7 +275,7 @@ def _case(name: str, texts: dict[str, list[str]], public: list[str], size: Size)
         name,
         bound(Shard(records, ids), User("user", max_records=size.records), seed=0),
         delta=10.0 ** math.floor(math.log10(1 / (2 * len(voters)))),
-        others=_flat({user: texts[user][: size.records] for user in others}),
+        others=flat({user: texts[user][: size.records] for user in others}),
         judges=[text for _, text in judged],
         judge_of=np.array([i for i, _ in judged]),
         public=public[: size.public],
@@ -308,7 +308,7 @@ class Known:
 
 
 @contextmanager
-def _kept(path: Path | None, size: str) -> Iterator[tuple[Known, Path]]:
+def kept(path: Path | None, size: str) -> Iterator[tuple[Known, Path]]:
     """Where rows and replies of a size are kept: beside the JSON, or nowhere for long."""
     with tempfile.TemporaryDirectory() as nowhere:
         runs = None if path is None else path.with_suffix(f".{size}.runs.jsonl")
@@ -413,7 +413,7 @@ def _measure(
                 found = _judged(case, size, row, seed, folder, quick=quick)
             known.add(found | {"CPU-s": spent[0]}, case.name, row, seed)
     if known.of(case.name, "base", 0) is None:
-        known.add(_accuracy(_base(case, folder), case), case.name, "base", 0)
+        known.add(accuracy_of(base_of(case, folder), case), case.name, "base", 0)
 
 
 def _judged(
@@ -428,8 +428,8 @@ def _judged(
         texts = _texts_of(
             case, size, level, seed, folder, quick=quick, alone=row.startswith("private")
         )
-    base = _base(case, folder)
-    model = fine_tune(texts, base, seed=seed, learning_rate=_step(base.shape))
+    base = base_of(case, folder)
+    model = fine_tune(texts, base, seed=seed, learning_rate=step_of(base.shape))
     judges = np.random.default_rng([seed, 10]).permutation(len(case.judges))[: len(texts)]
     divergence = mauve_like(
         _embedded(tuple(texts), quick=quick),
@@ -439,7 +439,7 @@ def _judged(
         units_b=case.judge_of[judges],
         num_resamples=200,
     )
-    return _accuracy(model, case) | {
+    return accuracy_of(model, case) | {
         "divergence": divergence.value,
         "low": divergence.low,
         "high": divergence.high,
@@ -447,7 +447,7 @@ def _judged(
     }
 
 
-def _accuracy(model: SmallModel, case: Case) -> dict[str, Any]:
+def accuracy_of(model: SmallModel, case: Case) -> dict[str, Any]:
     """How often a model guesses judges' next tokens, and what of it each of them adds."""
     guesses = np.zeros((int(case.judge_of.max()) + 1, 2), dtype=np.int64)
     np.add.at(guesses, case.judge_of, model.guesses(case.judges))
@@ -457,7 +457,7 @@ def _accuracy(model: SmallModel, case: Case) -> dict[str, Any]:
     }
 
 
-def _base(case: Case, folder: Path) -> SmallModel:
+def base_of(case: Case, folder: Path) -> SmallModel:
     """The small model that all rows start from, which knows other public texts alone.
 
     A smaller one, where there are few of them. It is kept in a folder.
@@ -466,11 +466,11 @@ def _base(case: Case, folder: Path) -> SmallModel:
     if not kept.exists():
         few = Shape(vocabulary=512, dim=64, max_tokens=48)
         shape = Shape() if len(case.public) > 1000 else few
-        fine_tune(case.public, shape=shape, epochs=4, learning_rate=_step(shape)).save(kept)
+        fine_tune(case.public, shape=shape, epochs=4, learning_rate=step_of(shape)).save(kept)
     return SmallModel.load(kept)
 
 
-def _step(shape: Shape) -> float:
+def step_of(shape: Shape) -> float:
     """Learning rate of a model: smaller ones take larger steps."""
     return 0.002 if shape.dim > 64 else 0.01
 
@@ -502,10 +502,10 @@ def _told(
         figures.add(name, "95 % from", 100 * low, unit="%")
         figures.add(name, "to", 100 * high, unit="%")
         if row not in ("real", "epsilon=0"):
-            lifts = _apart(found[row], zero, "accuracy")
+            lifts = apart(found[row], zero, "accuracy")
             figures.add(name, f"{LIFT}, points", [100 * lift for lift in lifts], unit="")
-            figures.add(name, "p over users", _p_users(found[row], zero), unit="")
-            figures.add(name, "p over seeds", _p_seeds(lifts), unit="")
+            figures.add(name, "p over users", p_users(found[row], zero), unit="")
+            figures.add(name, "p over seeds", p_seeds(lifts), unit="")
         figures.add(name, DIVERGENCE, [r["divergence"] for r in found[row]], unit="")
         figures.add(name, "its 95 % from", float(np.mean([r["low"] for r in found[row]])), unit="")
         figures.add(name, "its to", float(np.mean([r["high"] for r in found[row]])), unit="")
@@ -520,9 +520,9 @@ def _claims(figures: report.Report, found: Sequence[dict[str, list[dict[str, Any
             lifts = [
                 scale * lift
                 for rows in found
-                for lift in _apart(rows[f"epsilon={level}"], rows["epsilon=0"], what)
+                for lift in apart(rows[f"epsilon={level}"], rows["epsilon=0"], what)
             ]
-            mean, p = float(np.mean(lifts)), _p_seeds(lifts)
+            mean, p = float(np.mean(lifts)), p_seeds(lifts)
             points = " points" if scale > 1 else ""
             figures.claim(
                 f"epsilon {level}: {what} {mean:+.2g}{points} over epsilon = 0 in"
@@ -538,18 +538,16 @@ def _interval(runs: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _apart(
-    runs: Sequence[dict[str, Any]], zero: Sequence[dict[str, Any]], what: str
-) -> list[float]:
+def apart(runs: Sequence[dict[str, Any]], zero: Sequence[dict[str, Any]], what: str) -> list[float]:
     """How far each seed's figure is above that of epsilon = 0."""
     return [run[what] - none[what] for run, none in zip(runs, zero, strict=True)]
 
 
-def _p_users(runs: Sequence[dict[str, Any]], zero: Sequence[dict[str, Any]]) -> float:
+def p_users(runs: Sequence[dict[str, Any]], zero: Sequence[dict[str, Any]]) -> float:
     """Two-sided p-value of a difference in accuracy, by a paired bootstrap over judges.
 
     It says that these very models differ, whatever users they are judged by; another seed may
-    give others, which `_p_seeds` tells.
+    give others, which `p_seeds` tells.
     """
     drawn = _resampled(runs) - _resampled(zero)
     below = (1 + (drawn <= 0).sum()) / (1 + len(drawn))
@@ -557,7 +555,7 @@ def _p_users(runs: Sequence[dict[str, Any]], zero: Sequence[dict[str, Any]]) -> 
     return min(1.0, 2 * float(min(below, above)))
 
 
-def _p_seeds(lifts: Sequence[float]) -> float:
+def p_seeds(lifts: Sequence[float]) -> float:
     """Two-sided p-value that lifts are 0 in the mean: Student's t-test; 1 for a single one."""
     from scipy.stats import ttest_1samp
 

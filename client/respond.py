@@ -21,7 +21,7 @@ from ..core.errors import ClientCode, ConfigError, ShardError
 from ..core.failpoints import at
 from ..core.mechanism import Lattice, clipped_sum, encoded, noised, sent, share_arrives, with_room
 from ..core.privacy import NoisePlacement
-from ..core.query import Contribution, Query, Strategy, embedder_of
+from ..core.query import Contribution, Query, Strategy, embedder_of, names_files
 from ..core.randomness import KeyStream
 from ..core.records import BoundedShard
 from ..core.wire import Ask, Reply
@@ -63,6 +63,9 @@ def respond(ask: Ask, site: Site, stream: KeyStream) -> Reply:
         unit = unit_of(ask)
         strategy = _strategy(ask.strategy, ask.settings, site.schema.is_open)
     except (ConfigError, ValueError, TypeError):
+        return _refused(ask, ClientCode.STRATEGY_UNKNOWN)
+    if names_files(strategy):
+        _log.error("a server names no files here: %s must leave its paths empty", ask.strategy)
         return _refused(ask, ClientCode.STRATEGY_UNKNOWN)
     try:
         shard = site.load(unit, ask.public_seed)

@@ -417,6 +417,9 @@ class Strategy(ABC):
     rng, state)`. It is `rounds`, but also yields a `Checkpoint` after rounds, and goes on from the
     state of one, `rng` then standing where it stood; `None`: from the beginning.
 
+    A strategy with settings that name files, as a folder of weights, lists them in an attribute
+    `paths`. They are for work in one process: a client refuses a request that fills one in.
+
     Whom its records describe, and how much each user counts in them, stands in an attribute or a
     property `describes`: plain sentences, which the card of a release shows; see `describes_of`.
 
@@ -493,7 +496,7 @@ def check_reads(strategy: Strategy, schema: Schema) -> None:
         raise ConfigError(
             f"strategy {strategy.name!r} does not read texts, and the schema holds the text column"
             f" {schema.text.name!r}. Remove it from the schema, or take a strategy for texts:"
-            " private_evolution, pre_text, popri or topics"
+            " private_evolution, pre_text, popri, topics or dp_lora"
         )
 
 
@@ -516,6 +519,14 @@ def embedder_of(strategy: Strategy, schema: Schema) -> Embedder | None:
     """What places the records of a strategy that needs them placed; `None` for most."""
     found = getattr(strategy, "embedder_for", None)
     return None if found is None else found(schema)
+
+
+def names_files(strategy: Strategy) -> bool:
+    """Whether a strategy's settings name files of one machine, which no client takes from a server.
+
+    Those settings stand in an attribute `paths`.
+    """
+    return any(getattr(strategy, key) for key in getattr(strategy, "paths", ()))
 
 
 def trusts_server(strategy: Strategy) -> bool:

@@ -34,6 +34,7 @@ STRATEGIES = {
     "dp_fedavg": "strategies.dp_fedavg:DpFedAvg",
     "dp_fedavg_gan": "strategies.dp_fedavg_gan:DpFedAvgGan",
     "dp_diffusion": "strategies.dp_diffusion:DpDiffusion",
+    "dp_lora": "strategies.dp_lora:DpLora",
     "dp_wgan": "strategies.dp_wgan:DpWgan",
     "rdp_gan": "strategies.rdp_gan:RdpGan",
     "relational": "strategies.relational:Relational",
@@ -53,6 +54,7 @@ SYNTHESIZERS = {
     "autoencoder": "strategies.parts.autoencoder:Autoencoder",
     "diffusion": "strategies.parts.diffusion:Diffusion",
     "guided": "strategies.dpdsyn:Guided",
+    "language_texts": "strategies.parts.tuned_language:LanguageTexts",
 }
 
 

@@ -57,7 +57,7 @@ TABLES_ONLY = {
     "relational",
 }
 IMAGES_ONLY = {"dp_fedavg_gan", "dp_diffusion"}
-TEXTS_ONLY = {"popri", "pre_text", "topics"}
+TEXTS_ONLY = {"popri", "pre_text", "topics", "dp_lora"}
 CASES = [
     (name, schema)
     for name in strategy_names()

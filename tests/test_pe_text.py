@@ -24,9 +24,9 @@ def test_a_lift_is_found_where_judges_are_paired_and_chance_is_not_taken_for_one
 
     low, high = pe_text._interval(zero)
 
-    assert pe_text._p_users(same, zero) > 0.05
-    assert pe_text._p_users(better, zero) < 0.01
-    assert min(pe_text._apart(better, zero, "accuracy")) > 0
+    assert pe_text.p_users(same, zero) > 0.05
+    assert pe_text.p_users(better, zero) < 0.01
+    assert min(pe_text.apart(better, zero, "accuracy")) > 0
     assert low < np.mean([r["accuracy"] for r in zero]) < high
 
 
@@ -44,7 +44,7 @@ def test_no_user_votes_and_judges_and_the_budget_is_priced_below_one_in_all_user
     texts = {f"u{i}": [f"text {i} of it", f"other {i}"] for i in range(500)}
     size = pe_text.SIZES["two-minutes"]
 
-    case = pe_text._case("irc", texts, ["public"], size)
+    case = pe_text.case_of("irc", texts, ["public"], size)
 
     voters = {text.split()[1] for text in case.voters.records.texts}
     judges = {text.split()[1] for text in case.judges}
@@ -58,12 +58,12 @@ def test_no_user_votes_and_judges_and_the_budget_is_priced_below_one_in_all_user
 
 def test_rows_that_were_measured_are_known_again_even_where_a_line_was_cut(pe_text, tmp_path):
     path = tmp_path / "x.json"
-    with pe_text._kept(path, "quick") as (known, _):
+    with pe_text.kept(path, "quick") as (known, _):
         known.add({"accuracy": 0.1}, "irc", "real", 0)
     with path.with_suffix(".quick.runs.jsonl").open("a") as file:
         file.write('{"row": "irc epsi')
 
-    with pe_text._kept(path, "quick") as (known, folder):
+    with pe_text.kept(path, "quick") as (known, folder):
         assert known.of("irc", "real", 0) == {"accuracy": 0.1}
         assert known.of("irc", "real", 1) is None
         assert folder.is_dir()
@@ -71,6 +71,6 @@ def test_rows_that_were_measured_are_known_again_even_where_a_line_was_cut(pe_te
 
 def test_a_lift_over_seeds_is_told_from_chance(pe_text):
     # t = mean / (std / sqrt(n)) = 2 / (1 / sqrt(3)) = 3.46 of two degrees of freedom: p = 0.074
-    assert pe_text._p_seeds([1.0, 2.0, 3.0]) == pytest.approx(0.0742, abs=1e-4)
-    assert pe_text._p_seeds([-1.0, 0.5, 0.4, 0.0]) > 0.5
-    assert pe_text._p_seeds([0.3]) == 1.0
+    assert pe_text.p_seeds([1.0, 2.0, 3.0]) == pytest.approx(0.0742, abs=1e-4)
+    assert pe_text.p_seeds([-1.0, 0.5, 0.4, 0.0]) > 0.5
+    assert pe_text.p_seeds([0.3]) == 1.0

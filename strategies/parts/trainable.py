@@ -27,15 +27,21 @@ class RecordShape:
     Attributes:
       cells: Cells of each table column.
       image: `(height, width, channels)`, or `None` without an image column.
+      text: Most bytes of a text; 0 without a text column.
     """
 
     cells: tuple[int, ...]
     image: tuple[int, int, int] | None
+    text: int = 0
 
     @classmethod
     def of(cls, schema: Schema) -> Self:
         """The shape of a schema's records."""
-        return cls(schema.shape, schema.image.shape if schema.image else None)
+        return cls(
+            schema.shape,
+            schema.image.shape if schema.image else None,
+            schema.text.max_bytes if schema.text else 0,
+        )
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, NDArray[Any]]) -> Self:
@@ -45,6 +51,7 @@ class RecordShape:
           ConfigError: They describe none.
         """
         cells, image = inputs.get("cells"), inputs.get("image")
+        text = inputs.get("text", np.zeros(1, dtype=np.int64))
         if (
             cells is None
             or image is None
@@ -52,6 +59,9 @@ class RecordShape:
             or image.shape not in ((0,), (3,))
             or cells.dtype.kind not in "iu"
             or image.dtype.kind not in "iu"
+            or text.shape != (1,)
+            or text.dtype.kind not in "iu"
+            or not 0 <= int(text[0]) < _MOST_CELLS
             or not ((cells >= 1) & (cells < _MOST_CELLS)).all()
             or not ((image >= 1) & (image <= _MOST_SIDE)).all()
         ):
@@ -60,14 +70,16 @@ class RecordShape:
         return cls(
             tuple(int(size) for size in cells),
             (sides[0], sides[1], sides[2]) if sides else None,
+            int(text[0]),
         )
 
     def inputs(self) -> dict[str, NDArray[np.int64]]:
         """As a query's inputs."""
-        return {
+        told = {
             "cells": np.array(self.cells, dtype=np.int64),
             "image": np.array(self.image or (), dtype=np.int64),
         }
+        return told | ({"text": np.array([self.text])} if self.text else {})
 
     def check(self, records: Records) -> None:
         """Refuse records of another shape.
@@ -82,6 +94,8 @@ class RecordShape:
             raise ConfigError("a record outside the schema")
         if self.image is not None and (images is None or images.shape[1:] != self.image):
             raise ConfigError("images of another size than the request describes")
+        if self.text and records.texts is None:
+            raise ConfigError("records without the texts that the request describes")
 
 
 class Trainable(ABC):
@@ -144,6 +158,26 @@ class Trainable(ABC):
           Arrays whose leading axis is places; none for losses without randomness.
         """
         return ()
+
+    def inputs(self) -> Mapping[str, NDArray[Any]]:
+        """Public arrays by which a client sees that its model is the server's; none for most.
+
+        They go with every query, beside the weights and the shape of records.
+        """
+        return {}
+
+    def check_inputs(self, inputs: Mapping[str, NDArray[Any]]) -> None:
+        """Refuse a query whose arrays are not those of `inputs` here.
+
+        Raises:
+          ConfigError: They are another model's.
+        """
+        for name, own in self.inputs().items():
+            told = inputs.get(name)
+            if told is None or told.dtype != own.dtype or not np.array_equal(told, own):
+                raise ConfigError(
+                    f"the request is for another model than the one here: {name!r} differs"
+                )
 
     @property
     def side_by_side(self) -> bool:

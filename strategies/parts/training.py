@@ -233,7 +233,7 @@ class Training(Strategy):
             steps.restore(state)
             mean = np.array(state["mean"])
         for number in range(steps.position, self.num_rounds):
-            noisy = yield steps.ask(shape.inputs())
+            noisy = yield steps.ask({**shape.inputs(), **model.inputs()})
             weights = steps.take(noisy)
             if number >= self.num_rounds // 2:
                 mean = mean + (weights - mean) / (number - self.num_rounds // 2 + 1)
@@ -300,6 +300,7 @@ class Training(Strategy):
         if (query.records > 0) != (self.level == "example"):
             raise ConfigError(f"a request that is not at the level of {self.level}s")
         refuse_unfit(model, shape, level=self.level)
+        model.check_inputs(query.inputs)
         seed = int(rng.integers(1 << 62))
         if self.level == "example":
             return Contribution.rows(downhill(model, weights, shard, seed=seed))
