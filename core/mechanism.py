@@ -7,7 +7,7 @@ asks a choice the same bound holds for the L1 norm of the user's part in every b
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from .query import Contribution, NoisySum, Query
 from .randomness import KeyStream, lattice_noise
 from .series import ONE, Turn
 
-_SLICE = 1 << 18  # values clipped at a time; a slice stays in the processor's cache
+_SLICE = 1 << 15  # values clipped at a time; a slice stays in the processor's cache
+_SPAN = 1 << 12  # of each row, where rows are longer than a slice
 _MISSHAPEN = (
     "a contribution must hold a row of the query's length for each user of the block, or whole"
     " numbers of cells in the order of users, with a finite height for each; make it by"
@@ -182,6 +183,8 @@ def _dense_sum(
     """`clipped_sum` of dense rows, in steps of a lattice."""
     if rows.ndim != 2 or rows.shape != (num_users, query.dim) or rows.dtype.kind not in "fiu":
         raise ConfigError(_MISSHAPEN)
+    if query.choice is None and query.dim > _SLICE:
+        return _long_sum(rows, query.clip, lattice)
     size = max(1, min(num_users, _SLICE // query.dim))
     steps = np.empty((size, query.dim))
     exact = np.zeros(query.dim)  # a sum of integers below 2^53 is exact in float64
@@ -194,6 +197,87 @@ def _dense_sum(
             _blocks_to_lattice(part, query.choice.starts, query.clip, lattice)
         exact += part[0] if len(part) == 1 else part.sum(axis=0)
     return exact.astype(np.int64)
+
+
+def _long_sum(rows: NDArray[Any], clip: float, lattice: Lattice) -> NDArray[np.int64]:
+    """The sum of rows after `_to_lattice`, to the same bit, for rows that fill a cache.
+
+    Spans of a few rows at a time pass through memory that stays in the processor's cache.
+    """
+    num_rows, dim = rows.shape
+    exact, size = np.zeros(dim), _SLICE // _SPAN
+    work = np.empty((size, _SPAN))
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        for start in range(0, num_rows, size):
+            some = rows[start : start + size]
+            norms = np.sqrt(_long_squares(some, work))
+            tame = norms <= 1e15 * clip
+            if not tame.all():
+                for row in some[~tame]:
+                    exact += _whole_steps(row, clip, lattice)
+                some, norms = some[tame], norms[tame]
+            scale = np.where(norms > clip, clip * _SHRINK / np.maximum(norms, clip), 1.0)
+            factor = (scale / lattice.unit)[:, None]
+            squared = np.zeros(len(some))  # of integers: exact while below 2^53
+            for span, part in _spans(some, work):
+                np.rint(np.multiply(part, factor, out=part), out=part)
+                squared += np.einsum("ij,ij->i", part, part)
+                exact[span] += part.sum(axis=0)
+            over = ~(squared <= lattice.bound**2)
+            if over.any():
+                exact += _pulled_in(some[over], factor[over], squared[over], work, lattice)
+    return exact.astype(np.int64)
+
+
+def _pulled_in(
+    rows: NDArray[Any],
+    factor: NDArray[np.float64],
+    squared: NDArray[np.float64],
+    work: NDArray[np.float64],
+    lattice: Lattice,
+) -> NDArray[np.float64]:
+    """What pulling in rows that rounding took over the bound adds to their sum, `(dim,)`."""
+    pull = (lattice.bound * _SHRINK / np.sqrt(squared))[:, None]
+    change, after = np.zeros(rows.shape[1]), np.zeros(len(rows))
+    for span, part in _spans(rows, work):
+        np.rint(np.multiply(part, factor, out=part), out=part)
+        change[span] -= part.sum(axis=0)
+        np.trunc(np.multiply(part, pull, out=part), out=part)
+        after += np.einsum("ij,ij->i", part, part)
+        change[span] += part.sum(axis=0)
+    for row in np.flatnonzero(~(after <= lattice.bound**2)):
+        whole = np.trunc(np.rint(rows[row].astype(np.float64) * factor[row]) * pull[row])
+        change -= whole  # `_to_lattice` makes zeros of it
+    return change
+
+
+def _spans(
+    rows: NDArray[Any], work: NDArray[np.float64]
+) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Copies of some rows, span by span, in memory that is used again."""
+    for first in range(0, rows.shape[1], _SPAN):
+        span = slice(first, min(first + _SPAN, rows.shape[1]))
+        part = work[: len(rows), : span.stop - first]
+        part[:] = rows[:, span]
+        yield span, part
+
+
+def _long_squares(rows: NDArray[Any], work: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`_squares` of long rows, to the same bit: halved where numpy's pairwise sum halves them."""
+    size = rows.shape[1]
+    if size <= _SPAN:
+        part = work[: len(rows), :size]
+        part[:] = rows
+        return np.asarray(np.multiply(part, part, out=part).sum(axis=1))
+    half = size // 2 - size // 2 % 8
+    return _long_squares(rows[:, :half], work) + _long_squares(rows[:, half:], work)
+
+
+def _whole_steps(row: NDArray[Any], clip: float, lattice: Lattice) -> NDArray[np.float64]:
+    """One row after `_to_lattice`."""
+    whole = row.astype(np.float64)[None]
+    _to_lattice(whole, clip, lattice)
+    return np.asarray(whole[0])
 
 
 def _to_lattice(rows: NDArray[np.float64], clip: float, lattice: Lattice) -> None:

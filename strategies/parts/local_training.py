@@ -4,14 +4,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import ConfigError
 from ...core.records import BoundedShard
+from .device import device_for
 from .trainable import Trainable
+
+PerUser = Literal["auto", "loop", "vmap"]
 
 _ORDER, _CHANCE = 0, 1  # streams of public randomness
 _READ_RECORDS = 2048  # read at a time, so that memory is bounded
@@ -26,11 +30,14 @@ class LocalTraining:
       lr: Their size.
       batch: Records of a step, taken one after the other, and from the first again, in the order
         of a public permutation of places. `None`, or at least as many as the user has: all.
+      per_user: `loop`: users one by one. `vmap`: side by side, where that gives each user the
+        same bits whoever stands beside, and else one by one. `auto`: as the model says is faster.
     """
 
     steps: int
     lr: float
     batch: int | None = None
+    per_user: PerUser = "auto"
 
 
 def updates(
@@ -55,14 +62,23 @@ def updates(
       seed: Of the public randomness.
 
     Raises:
-      ConfigError: The weights do not fit the model, or torch is not installed.
+      ConfigError: The weights do not fit the model, torch is not installed, or the device that
+        this process was told to train on is not there.
     """
+    from .side_by_side import side_by_side
+
     torch = torch_for_training()  # for nobody, too: a client that lacks it says so at once
+    device = device_for(torch)
     model.check_fit(weights)
     rows = np.zeros((shard.num_users, model.num_weights), dtype=np.float32)
-    if shard.num_users:
-        with one_thread(torch):
-            _loop(torch, model, weights, shard, training, seed, rows)
+    if not shard.num_users:
+        return rows
+    beside = training.per_user == "vmap" or (training.per_user == "auto" and model.side_by_side)
+    with one_thread(torch):
+        chance = chances(torch, device, model, shard, training, seed=seed)
+        task = (torch, device, model, weights, shard, training, seed, chance, rows)
+        if not (beside and side_by_side(*task)):
+            _loop(*task)
     return rows
 
 
@@ -77,13 +93,35 @@ def places(num_records: int, training: LocalTraining, *, seed: int) -> list[NDAr
     return list(order[turns].reshape(training.steps, training.batch))
 
 
+def chances(
+    torch: Any,
+    device: Any,
+    model: Trainable,
+    shard: BoundedShard,
+    training: LocalTraining,
+    *,
+    seed: int,
+) -> list[tuple[Any, ...]]:
+    """The randomness of losses for each step, by place."""
+    most = int(np.diff(shard.starts).max())
+    return [
+        tuple(
+            torch.from_numpy(np.ascontiguousarray(part)).to(device)
+            for part in model.chance(np.random.default_rng([seed, _CHANCE, step]), most)
+        )
+        for step in range(training.steps)
+    ]
+
+
 def _loop(
     torch: Any,
+    device: Any,
     model: Trainable,
     weights: NDArray[np.float32],
     shard: BoundedShard,
     training: LocalTraining,
     seed: int,
+    chance: list[tuple[Any, ...]],
     rows: NDArray[np.float32],
 ) -> None:
     """`updates` user by user, into `rows`.
@@ -91,60 +129,71 @@ def _loop(
     Every user's numbers lie in the same memory, or in tensors of their own: a product's last bits
     may depend on where in memory its factors begin.
     """
-    starts = shard.starts
-    chance = _Chance(torch, model, training, int(np.diff(starts).max()), seed)
-    start = torch.from_numpy(np.array(weights, dtype=np.float32))
-    moved, slope = torch.empty_like(start), torch.empty_like(start)
-    now = {name: part.requires_grad_() for name, part in model.split(moved).items()}
-    for name, part in model.split(slope).items():
-        now[name].grad = part
-    for user, seen in _read(torch, model, shard, starts):
-        row = torch.from_numpy(rows[user])
-        num_records = int(starts[user + 1] - starts[user])
-        moved.copy_(start)
-        for step, taken in enumerate(places(num_records, training, seed=seed)):
+    starts, laid_out = shard.starts, _Layout(torch, model.channels_last)
+    start = model.split(torch.from_numpy(np.array(weights, dtype=np.float32)).to(device))
+    first = {name: laid_out(part).requires_grad_() for name, part in start.items()}
+    moved = {name: laid_out(part) for name, part in start.items()}
+    for part in moved.values():
+        part.requires_grad_()
+
+    @lru_cache(maxsize=256)
+    def taken_by(num_records: int) -> list[Any]:
+        steps = places(num_records, training, seed=seed)
+        return [torch.from_numpy(taken).to(device) for taken in steps]
+
+    row = torch.empty(model.num_weights, dtype=torch.float32, device=device)
+    change = model.split(row)
+    for user, seen in _read(torch, device, model, shard, starts):
+        row.zero_()
+        for step, taken in enumerate(taken_by(int(starts[user + 1] - starts[user]))):
+            now = moved if step else first
             if step:
-                torch.add(start, row, out=moved)
-            slope.zero_()
-            picked = torch.from_numpy(taken)
-            drawn = tuple(part[picked] for part in chance.of_step(step))
-            own = tuple(part[picked] for part in seen)
-            model.losses(torch, now, own, drawn).mean().backward()
-            row.sub_(slope, alpha=training.lr)
+                with torch.no_grad():
+                    for name, part in now.items():
+                        torch.add(first[name], change[name], out=part)
+            own = tuple(laid_out(part.index_select(0, taken)) for part in seen)
+            drawn = tuple(part.index_select(0, taken) for part in chance[step])
+            loss = model.losses(torch, now, own, drawn).mean()
+            slopes = torch.autograd.grad(
+                loss, list(now.values()), allow_unused=True, materialize_grads=True
+            )
+            for part, slope in zip(change.values(), slopes, strict=True):
+                part.sub_(slope, alpha=training.lr)
+        torch.from_numpy(rows[user]).copy_(row)
+
+
+class _Layout:
+    """Copies a tensor; if asked to, images and kernels with their channels next to each other."""
+
+    def __init__(self, torch: Any, channels_last: bool) -> None:
+        self._torch, self._channels_last = torch, channels_last
+
+    def __call__(self, part: Any) -> Any:
+        if not (self._channels_last and part.dim() == 4):
+            return part.clone(memory_format=self._torch.contiguous_format)
+        _, channels, height, width = part.shape
+        # strides in full: torch takes an image of one channel for one with its channels apart
+        strides = (channels * height * width, 1, width * channels, channels)
+        laid_out = self._torch.empty_strided(
+            part.shape, strides, dtype=part.dtype, device=part.device
+        )
+        return laid_out.copy_(part)
 
 
 def _read(
-    torch: Any, model: Trainable, shard: BoundedShard, starts: NDArray[np.int64]
+    torch: Any, device: Any, model: Trainable, shard: BoundedShard, starts: NDArray[np.int64]
 ) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Each user's number and records as tensors."""
     first = 0
     while first < shard.num_users:
         last = int(np.searchsorted(starts, starts[first] + _READ_RECORDS, side="right")) - 1
         last = max(first + 1, min(last, shard.num_users))
-        seen = model.read(torch, shard.records.take(slice(int(starts[first]), int(starts[last]))))
+        records = shard.records.take(slice(int(starts[first]), int(starts[last])))
+        seen = tuple(part.to(device) for part in model.read(torch, records))
         for user in range(first, last):
             own = slice(int(starts[user] - starts[first]), int(starts[user + 1] - starts[first]))
             yield user, tuple(part[own] for part in seen)
         first = last
-
-
-class _Chance:
-    """The randomness of losses, by step and place."""
-
-    def __init__(
-        self, torch: Any, model: Trainable, training: LocalTraining, most: int, seed: int
-    ) -> None:
-        self._steps = [
-            tuple(
-                torch.from_numpy(np.ascontiguousarray(part))
-                for part in model.chance(np.random.default_rng([seed, _CHANCE, step]), most)
-            )
-            for step in range(training.steps)
-        ]
-
-    def of_step(self, step: int) -> tuple[Any, ...]:
-        """By place, for one step."""
-        return self._steps[step]
 
 
 def torch_for_training() -> Any:

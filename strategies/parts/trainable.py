@@ -17,6 +17,7 @@ from ...core.synthesizer import Synthesizer
 
 _MOST_SIDE = 1 << 14  # of an image, in pixels or channels
 _MOST_CELLS = 1 << 31  # of a column
+_MOST_BESIDE = 1 << 20  # weights
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,24 @@ class Trainable(ABC):
           Arrays whose leading axis is places; none for losses without randomness.
         """
         return ()
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether several users' steps at once, by `torch.func`, are faster than one by one.
+
+        By measurement they are for models of up to a million weights, but for convolutions whose
+        channels are laid out next to each other: `benchmarks/throughput.py`.
+        """
+        return self.num_weights <= _MOST_BESIDE and not self.channels_last
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether images and kernels shall lie in memory with their channels next to each other.
+
+        Convolutions and pooling are faster so. `losses` must then take tensors of four axes whose
+        memory is not in their order: `.reshape`, never `.view`.
+        """
+        return False
 
     @property
     def num_weights(self) -> int:

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+from fedsynth.core import mechanism
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.mechanism import (
     Lattice,
@@ -500,3 +501,23 @@ def test_noise_that_cannot_be_is_refused(stddev):
 def test_a_query_that_cannot_be_is_refused(change):
     with pytest.raises(ConfigError):
         Query(**{"name": "q", "dim": 3, "clip": 1.0, "noise_multiplier": 1.0} | change)
+
+
+@pytest.mark.parametrize("resolution", [8, 16, 22])
+@pytest.mark.parametrize("dim", [(1 << 15) + 1, 40_000, 99_385])
+def test_a_long_row_is_clipped_to_the_same_bit_as_by_whole_rows(dim, resolution):
+    draws = np.random.default_rng(dim)
+    rows = draws.normal(size=(13, dim)) * 10.0 ** draws.integers(-3, 4, (13, 1))
+    rows[2, 7], rows[3], rows[4], rows[5] = np.nan, 1e200, 0.0, 1.0  # of norms 0 to beyond double
+    rows[6] *= 1.0 / np.linalg.norm(rows[6])  # just at the clip
+    q = query(dim, resolution=resolution)
+    grid = Lattice.of(q).coarser(q.grain)
+
+    total = clipped_sum(Contribution.rows(rows), q)
+
+    whole = np.concatenate([mechanism._whole_steps(row, 1.0, grid)[None] for row in rows])
+    assert np.abs(total).max() > 0
+    assert (total == whole.sum(axis=0).astype(np.int64) * q.grain).all()
+    for row in rows[:7]:
+        alone = clipped_sum(Contribution.rows(row[None]), q) // q.grain
+        assert float(alone @ alone) <= grid.bound**2

@@ -2,6 +2,7 @@
 """Updates are each user's own gradient steps, and nothing of one user is in another's row."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,14 +21,23 @@ from fedsynth.strategies.parts.local_training import LocalTraining, places, upda
 
 torch = pytest.importorskip("torch")
 
-ONE_STEP = LocalTraining(steps=1, lr=0.1)
-THREE_STEPS = LocalTraining(steps=3, lr=0.02)
+ONE_STEP = LocalTraining(steps=1, lr=0.1, per_user="loop")
+THREE_STEPS = LocalTraining(steps=3, lr=0.02, per_user="loop")
+BATCHES = LocalTraining(steps=3, lr=0.02, batch=4, per_user="loop")
 TABLE = Net("mlp", (3, 4, 2), None, 6, 2, 0.7)
 DENSE = Net("mlp", (3,), (8, 8, 1), 16, 3, 0.7)
 CONVOLUTIONAL = Net("cnn", (3,), (8, 8, 1), 16, 3, 0.7)
 LARGE = Net("mlp", (10,), (28, 28, 1), 61, 8, 0.7)  # 99k weights
 NETS = pytest.mark.parametrize("net", [TABLE, DENSE, CONVOLUTIONAL], ids=["table", "mlp", "cnn"])
-TRAININGS = pytest.mark.parametrize("training", [ONE_STEP, THREE_STEPS], ids=["1", "3"])
+TRAININGS = pytest.mark.parametrize(
+    "training",
+    [
+        replace(t, per_user=how)
+        for how in ("loop", "vmap")
+        for t in (ONE_STEP, THREE_STEPS, BATCHES)
+    ],
+    ids=lambda t: f"{t.per_user}-{t.steps}-{t.batch}",
+)
 
 
 def people(net, records_per_user, seed=1):
@@ -195,17 +205,19 @@ def test_a_users_row_is_the_same_bits_whoever_else_is_in_the_block(net, training
     assert (rows[:10] == np.array(alone)).all()
 
 
-def test_a_users_row_is_the_same_bits_in_a_model_of_99k_weights():
+@pytest.mark.parametrize("per_user", ["loop", "vmap"])
+def test_a_users_row_is_the_same_bits_in_a_model_of_99k_weights(per_user):
+    training = replace(ONE_STEP, per_user=per_user)
     shard, weights = people(LARGE, [20] * 19), weights_of(LARGE)
     others = people(LARGE, [20] * 18, seed=9)
 
-    rows = updates(LARGE, weights, shard, ONE_STEP, seed=5)
+    rows = updates(LARGE, weights, shard, training, seed=5)
 
     for place in (0, 7, 18):
         before = others.only(np.arange(18) < place)
         after = others.only(np.arange(18) >= place)
         neighbors = joined(joined(before, only(shard, 4)), after)
-        row = updates(LARGE, weights, neighbors, ONE_STEP, seed=5)[place]
+        row = updates(LARGE, weights, neighbors, training, seed=5)[place]
         assert (row == rows[4]).all()
 
 

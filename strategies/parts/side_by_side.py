@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local steps of several users at once, by `torch.func`, where no user's bits depend on another.
+
+A product of many users' numbers may round a user's by where they stand in it. So users stand in
+chunks of fixed shapes, each with weights of their own in memory of the same alignment, and before
+a shape is used for the first time in a process it is tried: a made-up user must come out the same
+to the last bit at every place of a chunk, whoever stands at the others. Where that does not hold,
+users are taken one by one.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.records import BoundedShard
+from .trainable import Trainable
+
+if TYPE_CHECKING:
+    from .local_training import LocalTraining
+
+_CHUNK_WEIGHTS = 1 << 22  # of a chunk's users together
+_CHUNK_NUMBERS = 1 << 22  # of a chunk's records in one step
+_MOST_USERS = 64
+_ALIGNED = 16  # numbers of 64 bytes
+
+_agreeing: dict[Any, tuple[int, ...]] = {}
+
+
+def side_by_side(
+    torch: Any,
+    device: Any,
+    model: Trainable,
+    weights: NDArray[np.float32],
+    shard: BoundedShard,
+    training: "LocalTraining",
+    seed: int,
+    chance: list[tuple[Any, ...]],
+    rows: NDArray[np.float32],
+) -> bool:
+    """Fill `rows` by users' updates, if that can be done to the bit; whether it was."""
+    from .local_training import places
+
+    starts = shard.starts
+    counts = np.diff(starts)
+    padded = np.array([_padded(int(count), training.batch) for count in counts])
+    steps = _Steps(torch, model, weights, training.lr, device)
+    sizes = {}
+    for size in np.unique(padded):
+        given = model.read(torch, shard.records.take(slice(0, 1)))
+        sizes[int(size)] = _sizes(steps, given, chance, int(size))
+        if not sizes[int(size)]:
+            return False
+
+    @lru_cache(maxsize=256)
+    def taken_by(num_records: int) -> list[NDArray[np.int64]]:
+        size = _padded(num_records, training.batch)
+        return [np.resize(part, size) for part in places(num_records, training, seed=seed)]
+
+    for size, allowed in sizes.items():
+        users = np.flatnonzero(padded == size)
+        for begin in range(0, len(users), allowed[-1]):
+            some = users[begin : begin + allowed[-1]]
+            places_of = [taken_by(int(counts[user])) for user in some]
+            lengths = [min(int(counts[user]), training.batch or size, size) for user in some]
+            room = next(number for number in allowed if number >= len(some))
+            filled = np.resize(np.arange(len(some)), room)  # again from the first
+            records = np.concatenate([np.arange(starts[u], starts[u + 1]) for u in some])
+            firsts = np.cumsum([0, *counts[some][:-1]])
+            seen = [p.to(device) for p in model.read(torch, shard.records.take(records))]
+            share = np.zeros((len(some), size), dtype=np.float32)
+            for place, length in enumerate(lengths):
+                share[place, :length] = np.float32(1 / length)
+            batches = []
+            for step in range(training.steps):
+                taken = np.stack([parts[step] for parts in places_of])
+                at = torch.from_numpy((taken + firsts[:, None])[filled]).to(device)
+                drawn = torch.from_numpy(taken[filled]).to(device)
+                batches.append((tuple(p[at] for p in seen), tuple(p[drawn] for p in chance[step])))
+            change = steps(batches, torch.from_numpy(share[filled]).to(device))
+            start = 0
+            for part in change.values():
+                width = math.prod(part.shape[1:])
+                flat = part[: len(some)].reshape(len(some), width).cpu().numpy()
+                rows[some, start : start + width] = flat
+                start += width
+    return True
+
+
+def _padded(num_records: int, batch: int | None) -> int:
+    """Records of a step of a user, with what fills it up: a power of two, or the batch."""
+    if batch is not None and num_records >= batch:
+        return batch
+    power = 1 << (num_records - 1).bit_length()
+    return power if batch is None else min(power, batch)
+
+
+class _Steps:
+    """Gradient steps of a chunk of users from common weights."""
+
+    def __init__(
+        self, torch: Any, model: Trainable, weights: NDArray[np.float32], lr: float, device: Any
+    ) -> None:
+        self.torch, self.model, self.device, self._lr = torch, model, device, lr
+        self._offsets, end = {}, 0
+        for name, shape in model.shapes.items():
+            self._offsets[name] = end
+            end += -(-math.prod(shape) // _ALIGNED) * _ALIGNED
+        self._start = torch.zeros(end, dtype=torch.float32, device=device)
+        given = model.split(torch.from_numpy(np.array(weights, dtype=np.float32)))
+        for name, part in self._parts(self._start[None]).items():
+            part[0].copy_(given[name])
+
+        def loss(
+            weights: Mapping[str, Any], seen: tuple[Any, ...], chance: tuple[Any, ...], share: Any
+        ) -> Any:
+            return (model.losses(torch, weights, seen, chance) * share).sum()
+
+        self._slopes = torch.func.vmap(torch.func.grad(loss))
+
+    def __call__(
+        self, batches: Sequence[tuple[tuple[Any, ...], tuple[Any, ...]]], share: Any
+    ) -> dict[str, Any]:
+        """Each user's change of each weight, `(num_users, *shape)`.
+
+        Args:
+          batches: Records and chance of each step, `(num_users, num_records, ...)`.
+          share: Weight of each record in the loss, `(num_users, num_records)`.
+        """
+        flat = self.torch.zeros((len(share), len(self._start)), device=self.device)
+        change = self._parts(flat)
+        now = self._parts(self._start.expand(len(share), -1))
+        for number, (seen, chance) in enumerate(batches):
+            if number:
+                now = self._parts(flat + self._start)
+            slopes = self._slopes(now, seen, chance, share)
+            for name, part in change.items():
+                part.sub_(slopes[name], alpha=self._lr)
+        return change
+
+    def _parts(self, flat: Any) -> dict[str, Any]:
+        """Views of each weight in memory that is aligned, `(num_users, *shape)`."""
+        return {
+            name: flat[:, at : at + math.prod(shape)].unflatten(1, shape)
+            for (name, shape), at in zip(
+                self.model.shapes.items(), self._offsets.values(), strict=True
+            )
+        }
+
+
+def _sizes(
+    steps: _Steps, given: Sequence[Any], chance: list[tuple[Any, ...]], size: int
+) -> tuple[int, ...]:
+    """Numbers of users that a chunk may have so that all of them give the same bits; or none.
+
+    Looks at made-up records only: what the records are may not decide how users are taken.
+    """
+    model = steps.model
+    per_user = size * sum(math.prod(part.shape[1:]) for part in given)
+    most = min(_CHUNK_WEIGHTS // model.num_weights, _CHUNK_NUMBERS // max(1, per_user), _MOST_USERS)
+    if most < 2:
+        return ()
+    most = 1 << (most.bit_length() - 1)
+    shapes = tuple((part.dtype, tuple(part.shape[1:])) for part in given)
+    key = (type(model), repr(model), min(2, len(chance)), shapes, size, most, str(steps.device))
+    if key not in _agreeing:
+        try:
+            _agreeing[key] = _tried(steps, shapes, chance, size, most)
+        except RuntimeError:  # `torch.func` cannot do what the model does, or not with such records
+            _agreeing[key] = ()
+    return _agreeing[key]
+
+
+def _tried(
+    steps: _Steps,
+    shapes: Sequence[tuple[Any, tuple[int, ...]]],
+    chance: list[tuple[Any, ...]],
+    size: int,
+    most: int,
+) -> tuple[int, ...]:
+    """`_sizes`, by trying; further steps are as the second."""
+    chance = chance[:2]
+    torch, rng = steps.torch, np.random.default_rng(0)
+
+    def made_up(num_users: int) -> list[list[Any]]:
+        """Records of each step: numbers where numbers are wanted, and the first cell elsewhere."""
+        return [
+            [
+                torch.from_numpy(rng.random((num_users, size, *shape), dtype=np.float32)).to(dtype)
+                if dtype.is_floating_point
+                else torch.zeros((num_users, size, *shape), dtype=dtype)
+                for dtype, shape in shapes
+            ]
+            for _ in chance
+        ]
+
+    one = made_up(1)
+    drawn = [[p[:1].expand(size, *p.shape[1:]) for p in parts] for parts in chance]
+
+    def trial(num_users: int, is_one: NDArray[np.bool_]) -> Any:
+        """What each place of a chunk gives where some of them hold the one user."""
+        held, batches = torch.from_numpy(is_one), []
+        for mine, theirs, noise in zip(one, made_up(num_users), drawn, strict=True):
+            seen = tuple(
+                torch.where(held.view(-1, *[1] * (b.dim() - 1)), a, b).to(steps.device)
+                for a, b in zip(mine, theirs, strict=True)
+            )
+            batches.append((seen, tuple(p.expand(num_users, *p.shape).clone() for p in noise)))
+        share = torch.full((num_users, size), 1 / size, device=steps.device)
+        return torch.cat([part.flatten(1) for part in steps(batches, share).values()], dim=1)
+
+    everybody = np.ones(most, dtype=np.bool_)
+    expected = trial(most, everybody)[0]
+    if not bool((trial(most, everybody) == expected).all()):
+        return ()
+    half = rng.random(most) < 0.5
+    for is_one in (half, ~half):
+        if not bool((trial(most, is_one)[torch.from_numpy(is_one)] == expected).all()):
+            return ()
+    agreeing = [most]
+    number = most // 2
+    while number >= 1:
+        if bool((trial(number, np.ones(number, dtype=np.bool_)) == expected).all()):
+            agreeing.append(number)
+        number //= 2
+    return tuple(sorted(agreeing))
