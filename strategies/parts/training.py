@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.electorate import Electorate
 from ...core.errors import ConfigError
 from ...core.query import Contribution, Query, Rounds, Strategy
 from ...core.records import BoundedShard
 from ...core.schema import Schema
 from .local_training import LocalTraining, PerUser, updates
+from .proposal import Pull
 from .server_optimizer import ServerOptimizer
+from .signal import Prospect
 from .trainable import RecordShape, Trainable
 from .updates import Updates
 from .width import refuse_wide
@@ -118,6 +121,31 @@ class Training(Strategy):
         """Each user's change of the weights."""
         shape = RecordShape.from_inputs(query.inputs)
         return self.contribution(self.model_for(shape), shape, query, shard, rng)
+
+    def pull(self, schema: Schema, noise_multiplier: float, users: Electorate) -> Pull:
+        """What updates pull in common, beside the noise of a round and of the run."""
+        return Pull(
+            users.num_users,
+            self.model_for(RecordShape.of(schema)).num_weights,
+            self.num_rounds,
+            float(self.sampling_prob),
+            noise_multiplier,
+        )
+
+    def check_signal(self, schema: Schema, noise_multiplier: float, users: Electorate) -> None:
+        """Refuse a run that would move the weights by noise alone.
+
+        Raises:
+          ConfigError: It would; says what to set instead.
+        """
+        self.pull(schema, noise_multiplier, users).check()
+
+    def prospect(self, schema: Schema, noise_multiplier: float, users: Electorate) -> Prospect:
+        """What to expect of the updates, and which other settings would tell more."""
+        optimizer = self.server_optimizer
+        return self.pull(schema, noise_multiplier, users).prospect(
+            "update", adaptive_lr=self.server_lr if optimizer == "adam" else None
+        )
 
     def updates_from(self, weights: NDArray[np.float32], noise_multiplier: float) -> Updates:
         """The server's half of the rounds, from some weights on."""
