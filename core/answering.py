@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .candidates import Candidates
+from .checkpoint import Checkpoint
 from .generation import Generation
 from .query import Rounds, Steps
 
@@ -14,19 +15,32 @@ if TYPE_CHECKING:
 Source = Callable[[Generation], Candidates]
 """What answers a generation."""
 
+Keep = Callable[[Checkpoint, int], None]
+"""What is told of a checkpoint, and after how many rounds it came."""
 
-def answered(steps: Steps, source: Source) -> Rounds:
+
+def answered(steps: Steps, source: Source, keep: Keep = lambda checkpoint, rounds: None) -> Rounds:
     """A strategy's rounds with all its generations answered, so that queries alone are left.
 
     Args:
       steps: The strategy's generator, not yet started.
       source: What answers generations, in their order.
+      keep: What is done with checkpoints; `None` is kept of a method that asks generations.
     """
     sent: Any = None
+    rounds, generations = 0, 0
     while True:
         try:
             asked = steps.send(sent)
         except StopIteration as end:
             learned: Synthesizer = end.value
             return learned
-        sent = source(asked) if isinstance(asked, Generation) else (yield asked)
+        match asked:
+            case Generation():
+                sent, generations = source(asked), generations + 1
+            case Checkpoint():
+                sent = None
+                if not generations:
+                    keep(asked, rounds)
+            case _:
+                sent, rounds = (yield asked), rounds + 1

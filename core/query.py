@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .checkpoint import Checkpoint
 from .electorate import Electorate
 from .embedding import Embedder
 from .errors import ConfigError
@@ -380,8 +381,8 @@ class Contribution:
 Rounds = Generator[Query, NoisySum, Synthesizer]
 """Queries alone, each answered by its noisy sum."""
 
-Steps = Generator[Query | Generation, Any, Synthesizer]
-"""Queries, and requests to public models, each answered by candidates."""
+Steps = Generator[Query | Generation | Checkpoint, Any, Synthesizer]
+"""Queries; requests to public models, each answered by candidates; and checkpoints."""
 
 
 class Strategy(ABC):
@@ -410,6 +411,10 @@ class Strategy(ABC):
 
     A strategy whose rounds may end before its event is spent says so, by an attribute or a property
     `stops_early` that is true. What was not asked by then is not charged.
+
+    A strategy whose public half is long work yields a `Checkpoint` after rounds, and has a method
+    `rounds_from(schema, noise_multiplier, rng, state)` that goes on from the state of one: `rng`
+    then stands where it stood. `rounds` is the same with no state.
 
     Whom its records describe, and how much each user counts in them, stands in an attribute or a
     property `describes`: plain sentences, which the card of a release shows; see `describes_of`.
@@ -443,7 +448,8 @@ class Strategy(ABC):
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
         """Server half: yield queries, receive noisy sums, return a synthesizer.
 
-        May also yield a `Generation`, and receives the candidates that a public model made.
+        May also yield a `Generation`, and receives the candidates that a public model made, or a
+        `Checkpoint`, for which it receives nothing.
 
         Must end in a synthesizer whatever the sums are, void ones included.
 

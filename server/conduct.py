@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import accounting
-from ..core.answering import answered
 from ..core.errors import Interrupted
 from ..core.failpoints import at
 from ..core.leaf import Leaves, num_rounds_of
@@ -21,9 +20,10 @@ from ..core.query import Query, trusts_server
 from ..core.randomness import KeyStream
 from ..core.wire import Ask, canonical
 from ..strategies.registry import build_aggregator, settings_of
+from .checkpoints import CHECKPOINT, Checkpoints
 from .federation import Federation
 from .generations import clear, files_of, kept
-from .ledger import Ledger
+from .ledger import Ledger, charged
 from .loop import Measured, learn
 from .planned import Plan, start
 from .release import write_release
@@ -129,10 +129,12 @@ def _driven(
             event=plan.event,
             facts=plan.facts,
         )
+        checkpoints = Checkpoints(folder, plan, ledger)
+        rounds, done = checkpoints.rounds(kept(folder))
+        progress.go_on(ledger, done)
         synthesizer = learn(
-            answered(
-                plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng), kept(folder)
-            ),
+            rounds,
+            done=done,
             draft=_draft(plan),
             max_clients=config.unit.max_clients,
             ledger=ledger,
@@ -183,6 +185,14 @@ class _Progress:
         self._begun = time.monotonic()
         self._leaves: Leaves = Counter()
         self.done = 0
+
+    def go_on(self, ledger: Ledger, done: int) -> None:
+        """Reckon with rounds that a checkpoint stands for, and that are not shown again."""
+        self.done = done
+        if done:
+            entries = ledger.entries(self._plan.run)
+            early = [e for e in entries if e.kind == "reserve" and e.round <= done]
+            self._leaves += charged(early)
 
     def __call__(self, measured: Measured) -> None:
         self.done = measured.round
@@ -236,7 +246,7 @@ def _finite(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _clear(folder: Path) -> None:
     """Remove a finished run's working folder."""
-    for name in ("run.json", "progress.jsonl", "run.partial"):
+    for name in ("run.json", "progress.jsonl", "run.partial", CHECKPOINT, f"{CHECKPOINT}.partial"):
         (folder / name).unlink(missing_ok=True)
     clear(folder)
     folder.rmdir()

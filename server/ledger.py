@@ -313,6 +313,8 @@ class Ledger:
         """
         if round < 1 or attempt < 1:
             raise ConfigError(f"rounds and attempts count from 1, not {round} and {attempt}")
+        if not series and (position or rounds != 1):
+            raise ConfigError("a sum that goes on is one of a series, which has a name")
         leaf = Leaf(float(noise_multiplier), float(sampling_prob), int(records), int(rounds))
         with self._chain.writing("reserve"):
             opened = self._open_run(run)

@@ -41,6 +41,7 @@ def learn(
     federation: Federation,
     stream: KeyStream,
     attempts: int = 3,
+    done: int = 0,
     on_round: Callable[[Measured], None] = lambda measured: None,
 ) -> Synthesizer:
     """Run a strategy to its end; rounds that are sealed already are replayed, not asked.
@@ -53,6 +54,7 @@ def learn(
       federation: Who is asked.
       stream: Secret randomness of `central` noise.
       attempts: How often a round is sent before a missed quorum stops the run.
+      done: Rounds that the generator begins after, where it goes on from a checkpoint.
       on_round: Told of every round, replayed or measured.
 
     Raises:
@@ -63,7 +65,7 @@ def learn(
       PrivacyRefusal: A query was not in the plan; nothing was asked.
       ConfigError: A query asks the server to choose, which the run does not trust with sums.
     """
-    number = 0
+    number = done
     noisy: NoisySum | None = None
     while True:
         try:

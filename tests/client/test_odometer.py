@@ -24,6 +24,7 @@ from fedsynth.core import accounting
 from fedsynth.core.errors import ClientCode, ConfigError, FedsynthError, SecurityRefusal
 from fedsynth.core.privacy import Budget, NoisePlacement
 from fedsynth.core.query import Query
+from fedsynth.core.series import Series, Turn
 from fedsynth.core.wire import Ask, canonical
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -624,3 +625,116 @@ def test_a_full_disk_answers_nothing_and_forgets_nothing(path: Path, odometer: O
     db.execute("PRAGMA max_page_count = 1000000")
     assert odometer.reserve(ask_of(2)) is ClientCode.ANSWER_GONE
     assert odometer.reserve(ask_of(3)) is None
+
+
+# --- series -----------------------------------------------------------------------------------
+
+SERIES = Series((1900, 1150, 650), 8, 3)
+SERIES_PLAN = accounting.SeriesDpEvent(10.0, 8)
+
+
+def in_series(position: int, *, round: int | None = None, **changes: Any) -> Ask:  # noqa: A002
+    facts = {"dim": 2, "clip": 1.0, "noise_multiplier": 10.0, "resolution": 14, **changes}
+    query = Query("update", **facts, turn=Turn(SERIES, position))
+    return ask_of(round or position + 1, query=query, plan=plan_of(SERIES_PLAN))
+
+
+@pytest.fixture
+def in_turn(path: Path) -> Odometer:
+    """An odometer that has joined a run of one series."""
+    made = Odometer(path, "clinic")
+    assert made.join(in_series(0), cap=CAP) is None
+    return made
+
+
+def test_a_series_is_taken_from_the_plan_once_for_all_its_rounds(in_turn: Odometer):
+    reserved = [in_turn.reserve(in_series(position)) for position in range(8)]
+
+    assert reserved == [None] * 8
+    alone = accounting.epsilon_of(GaussianDpEvent(10.0), DELTA)
+    assert in_turn.spent("cardio", delta=DELTA).epsilon == alone
+
+
+@pytest.mark.parametrize(
+    "asked",
+    {
+        "again": in_series(2, round=9),
+        "an earlier one": in_series(1, round=9),
+        "with less noise": in_series(3, noise_multiplier=9.0),
+        "with another clip": in_series(3, clip=2.0),
+        "of another name": replace(
+            in_series(3), query=replace(in_series(3).query, name="something")
+        ),
+        "in another series": replace(
+            in_series(3),
+            query=replace(in_series(3).query, turn=Turn(Series((1900, 1150, 651), 8, 3), 3)),
+        ),
+        "alone": replace(in_series(3), query=replace(in_series(3).query, turn=None)),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_round_out_of_its_series_is_not_answered(in_turn: Odometer, asked: tuple[str, Ask]):
+    for position in range(3):
+        assert in_turn.reserve(in_series(position)) is None
+
+    assert in_turn.reserve(asked[1]) is ClientCode.OUTSIDE_PLAN
+
+
+def test_a_client_that_missed_a_series_beginning_still_pays_for_it_once(in_turn: Odometer):
+    assert in_turn.reserve(in_series(4)) is None
+    assert in_turn.reserve(in_series(6)) is None
+
+    other = Series((1900,), 8, 4)
+    asked = in_series(7)
+    asked = replace(asked, query=replace(asked.query, name="else", turn=Turn(other, 7)))
+    assert in_turn.reserve(asked) is ClientCode.OUTSIDE_PLAN
+
+
+def test_sums_are_kept_for_as_many_rounds_as_they_echo_and_no_longer(in_turn: Odometer):
+    kept = []
+    for position in range(8):
+        ask = in_series(position)
+        in_turn.reserve(ask)
+        kept.append(in_turn.earlier(ask))
+        in_turn.store(ask, b"told %d" % position, alone=b"own %d" % position)
+
+    assert kept[0] == {}
+    assert kept[1] == {0: b"own 0"}
+    assert kept[5] == {3: b"own 3", 4: b"own 4"}
+    assert b"own" not in b"".join(
+        row[0] or b"" for row in sqlite3.connect(in_turn._path).execute("SELECT total FROM series")
+    )
+
+
+def test_a_question_of_a_series_that_is_repeated_gets_the_same_bytes(in_turn: Odometer):
+    for position in range(2):
+        in_turn.reserve(in_series(position))
+        in_turn.store(in_series(position), b"told %d" % position, alone=b"own")
+
+    assert in_turn.reserve(in_series(1)) == b"told 1"
+
+
+def test_an_odometer_of_the_first_version_is_read_on_and_forgets_nothing(path: Path):
+    odometer = Odometer(path, "clinic")
+    odometer.join(ask_of(), cap=CAP)
+    odometer.reserve(ask_of(1))
+    odometer.store(ask_of(1), b"told")
+    before = odometer.spent("cardio", delta=DELTA)
+    old = path.with_name("old.db")
+    with sqlite3.connect(path) as db, sqlite3.connect(old) as copy:
+        db.backup(copy)
+    with sqlite3.connect(old) as db:  # as a file of version 1 was
+        db.executescript(
+            "DROP TABLE series; ALTER TABLE sums RENAME TO new_sums;"
+            "CREATE TABLE sums (client TEXT, run TEXT, noise_multiplier REAL, sampling_prob REAL,"
+            " planned INTEGER NOT NULL, reserved INTEGER NOT NULL CHECK (reserved <= planned),"
+            " PRIMARY KEY (client, run, noise_multiplier, sampling_prob)) WITHOUT ROWID;"
+            "INSERT INTO sums SELECT client, run, noise_multiplier, sampling_prob, planned,"
+            " reserved FROM new_sums; DROP TABLE new_sums; PRAGMA user_version = 1;"
+        )
+
+    again = Odometer(old, "clinic")
+
+    assert again.spent("cardio", delta=DELTA) == before
+    assert [again.reserve(ask_of(round)) for round in (2, 3)] == [None, None]  # noqa: A001
+    assert again.reserve(ask_of(4)) is ClientCode.OUTSIDE_PLAN

@@ -58,6 +58,12 @@ def found(path: Path, entries: list[tuple[str, int, int, dict[str, Any]]]) -> li
         return check_trail(ledger, "run")
 
 
+OPEN_SERIES = (
+    *OPEN[:3],
+    {**OPEN[3], "plan": [{"noise_multiplier": 5.0, "sampling_prob": 1.0, "rounds": 3, "count": 1}]},
+)
+
+
 @pytest.mark.parametrize(
     "entries",
     [
@@ -67,6 +73,7 @@ def found(path: Path, entries: list[tuple[str, int, int, dict[str, Any]]]) -> li
         [OPEN, reserve(), step("void"), reserve(1, 2), step("draw", 1, 2)],
         [OPEN, reserve(sensitivity=1.0), step("draw"), seal(), step("close", 0, 0)],
         [(*OPEN[:3], {"plan": PLAN, "facts": {"placement": "local"}}), reserve(), seal()],
+        [OPEN_SERIES, *(reserve(i + 1, series="s", rounds=3, position=i) for i in range(3))],
     ],
 )
 def test_a_trail_that_keeps_every_promise_is_clean(tmp_path, entries):
@@ -101,6 +108,28 @@ BROKEN = {
     "another sum": ([*WHOLE[:3], seal(sha256="0" * 64)], "is not the one stored"),
     "a reason of its own": ([OPEN, reserve(), ("void", 1, 1, {"reason": "x"})], "no known reason"),
     "a kind of its own": ([OPEN, step("refund")], "of no known kind"),
+    "going on with nothing": ([OPEN, reserve(position=1)], "goes on with no series"),
+    "a series that is not in the plan": (
+        [OPEN, reserve(series="s", rounds=3, position=0)],
+        "outside the committed plan",
+    ),
+    "a series that begins in its middle": (
+        [OPEN_SERIES, reserve(series="s", rounds=3, position=1)],
+        "not the next round of its series",
+    ),
+    "a series that goes on after its end": (
+        [OPEN_SERIES, *(reserve(i + 1, series="s", rounds=3, position=i) for i in range(4))],
+        "not the next round of its series",
+    ),
+    "a series whose noise changes": (
+        [
+            OPEN_SERIES,
+            reserve(1, series="s", rounds=3, position=0),
+            reserve(2, series="s", rounds=3, position=1, noise_multiplier=1.0),
+        ],
+        "changes the noise of its series",
+    ),
+    "more records than planned": ([OPEN, reserve(records=4)], "outside the committed plan"),
 }
 
 

@@ -20,7 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 from fedsynth.core import failpoints
-from fedsynth.core.accounting import compose, epsilon_of, event_of, leaves
+from fedsynth.core.accounting import (
+    RecordsDpEvent,
+    SeriesDpEvent,
+    compose,
+    epsilon_of,
+    event_of,
+    leaves,
+)
 from fedsynth.core.errors import (
     BudgetExceeded,
     ConfigError,
@@ -959,3 +966,66 @@ def test_composition_is_that_of_the_accountant(ledger):
 
     both = compose([gaussian(5.0, 2), event_of({(6.0, 0.2): 3})])
     assert ledger.populations()[0].epsilon == epsilon_of(both, CAP.delta)
+
+
+# --- series and records -----------------------------------------------------------------------
+
+
+def in_series(position: int, **changes: Any) -> dict[str, Any]:
+    return {"rounds": 4, "series": "s", "position": position, **changes}
+
+
+def test_a_series_takes_one_sum_from_the_plan_and_its_rounds_come_in_order(ledger):
+    ledger.open_run("run", "people", cap=CAP, event=SeriesDpEvent(5.0, 4), facts=FACTS)
+
+    for position in range(4):
+        reserved(ledger, position + 1, **in_series(position))
+
+    assert leaves(ledger.spent("people")) == {Leaf(5.0, rounds=4): 1}
+    assert [state.goes_on for state in ledger.attempts("run")] == [False, True, True, True]
+    assert check_trail(ledger, "run") == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        (in_series(2), PrivacyRefusal),
+        (in_series(0), PrivacyRefusal),
+        (in_series(1, noise_multiplier=4.0), PrivacyRefusal),
+        (in_series(1, rounds=5), PrivacyRefusal),
+        (in_series(1, series="another"), PrivacyRefusal),
+        (in_series(0, series="another"), BudgetExceeded),
+        ({"position": 1}, ConfigError),
+        ({"rounds": 4}, ConfigError),
+        ({}, BudgetExceeded),
+        ({"records": 3}, BudgetExceeded),
+    ],
+)
+def test_a_round_that_is_not_the_next_of_its_series_is_not_reserved(ledger, asked, error):
+    ledger.open_run("run", "people", cap=CAP, event=SeriesDpEvent(5.0, 4), facts=FACTS)
+    reserved(ledger, 1, **in_series(0))
+
+    with pytest.raises(error):
+        reserved(ledger, 2, **asked)
+
+    assert len(ledger.attempts("run")) == 1
+
+
+def test_a_finished_run_of_a_series_that_ended_early_has_paid_for_all_of_it(ledger):
+    ledger.open_run("run", "people", cap=CAP, event=SeriesDpEvent(5.0, 4), facts=FACTS)
+    reserved(ledger, 1, **in_series(0))
+    ledger.void("run", 1, 1, "interrupted")
+
+    ledger.finish("run")
+
+    assert leaves(ledger.spent("people")) == {Leaf(5.0, rounds=4): 1}
+
+
+def test_sums_over_records_are_charged_as_such(ledger):
+    ledger.open_run("run", "people", cap=CAP, event=RecordsDpEvent(9.0, 0.1, 3), facts=FACTS)
+
+    reserved(ledger, 1, noise_multiplier=9.0, sampling_prob=0.1, records=3)
+
+    assert leaves(ledger.spent("people")) == {Leaf(9.0, 0.1, 3): 1}
+    with pytest.raises(BudgetExceeded, match="of up to 4 records a user"):
+        reserved(ledger, 2, noise_multiplier=9.0, sampling_prob=0.1, records=4)
