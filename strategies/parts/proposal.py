@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from ...core.errors import ConfigError
-from .signal import Prospect
+from .signal import USABLE, Prospect
 
 COMMON = 0.3  # of a clipped update, what users have in common: benchmarks/sensitivity.py
 HOPELESS = 1.0  # a run's pull beside its noise, if all users' updates were the same
 _ENOUGH = 0.9  # of what everybody in every round would pull, to be had with a smaller cohort
 _WORTH = 1.25  # times as much that another cohort must pull to be proposed
-_WALK = 0.2  # server_lr times the square root of the rounds
+_WALK = 0.3  # a server's step times the square root of its rounds, as was best in that benchmark
+_LEAST_WALK, _MOST_WALK = 0.1, 1.0  # beyond which it was worse
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,13 @@ class Pull:
         )
         return replace(self, sampling_prob=sampling_prob, noise_multiplier=noise)
 
-    def prospect(self, query: str) -> Prospect:
+    def prospect(self, query: str, *, step: float | None = None) -> Prospect:
         """What to expect, and what would be better.
 
         Args:
           query: Name of the question.
+          step: The server's step, if its optimizer moves each weight by about that much whatever
+            the length of an update; `None`: it does not.
         """
         joined = self.sampling_prob * self.num_users
         expect = (
@@ -95,7 +98,13 @@ class Pull:
             f" all, pull {self.of_round:,.3g} times the noise of {self.num_weights:,} weights, and"
             f" {self.of_run:,.3g} times over the run if all rounds pull the same way"
         )
-        return Prospect(query, expect, self.of_run, "; ".join(self._proposals()))
+        told = self._cohorts()
+        if self.of_run < USABLE:
+            weights = (self.with_cohort(self.enough).of_run / USABLE) ** 2 * self.num_weights
+            told.append(f"a model of at most {_rounded_down(weights):,} weights would be heard")
+        if step is not None:
+            told += self._steps(step)
+        return Prospect(query, expect, self.of_run, "; ".join(told))
 
     def check(self) -> None:
         """Refuse a run of which nothing can be learned.
@@ -128,8 +137,8 @@ class Pull:
         odd = math.expm1(min(700.0, self.noise_multiplier**-2))
         return self.sampling_prob * math.sqrt(self.num_rounds * odd)
 
-    def _proposals(self) -> list[str]:
-        """Settings that would let more be told, in words."""
+    def _cohorts(self) -> list[str]:
+        """A cohort that would pull more, or as much with less work, in words."""
         told = []
         cohort = _rounded_up(self.enough)
         if cohort != self.sampling_prob:
@@ -139,9 +148,27 @@ class Pull:
             elif cohort <= self.sampling_prob / _WORTH and more > _ENOUGH:
                 work = self.sampling_prob / cohort
                 told.append(
-                    f"sampling_prob = {cohort:g} would pull as much with {work:,.2g} times less work"
+                    f"sampling_prob = {cohort:g} would pull as much with 1/{work:,.2g} of the work"
                 )
         return told
+
+    def _steps(self, step: float) -> list[str]:
+        """Rounds and steps that go together, in words."""
+        walk = step * math.sqrt(self.num_rounds)
+        if _LEAST_WALK <= walk <= _MOST_WALK:
+            return []
+        best = float(f"{_WALK / math.sqrt(self.num_rounds):.1g}")
+        rounds = max(1, round((_WALK / step) ** 2))
+        return [
+            f"server_lr = {best:g}, or num_rounds = {rounds:,}, as steps that noise leads astray"
+            " add up by the square root of the rounds"
+        ]
+
+
+def _rounded_down(number: float) -> int:
+    """A number of two digits, not above `number`."""
+    unit = 10 ** max(0, math.floor(math.log10(max(1.0, number))) - 1)
+    return int(number // unit) * unit
 
 
 def _rounded_up(prob: float) -> float:

@@ -144,7 +144,7 @@ class Training(Strategy):
         """What to expect of the updates, and which other settings would tell more."""
         optimizer = self.server_optimizer
         return self.pull(schema, noise_multiplier, users).prospect(
-            "update", adaptive_lr=self.server_lr if optimizer == "adam" else None
+            "update", step=self.server_lr if optimizer == "adam" else None
         )
 
     def updates_from(self, weights: NDArray[np.float32], noise_multiplier: float) -> Updates:
