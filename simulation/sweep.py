@@ -326,7 +326,8 @@ def _read(path: Path) -> dict[str, Try]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
-                known[entry.pop("key")] = Try(**entry)
+                key = entry.pop("key")
+                known[key] = Try(**entry)
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
     return known

@@ -12,7 +12,7 @@ from typing import Self
 from ...core.errors import ConfigError
 from .signal import USABLE, Prospect
 
-COMMON = 0.3  # of a clipped update, what users have in common: benchmarks/sensitivity.py
+COMMON = 0.4  # of a clipped update, what users have in common: benchmarks/sensitivity.py
 HOPELESS = 1.0  # a run's pull beside its noise, if all users' updates were the same
 _ENOUGH = 0.9  # of what everybody in every round would pull, to be had with a smaller cohort
 _WORTH = 1.25  # times as much that another cohort must pull to be proposed
