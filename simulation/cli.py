@@ -249,6 +249,9 @@ def sweep(
     release: Annotated[
         Path | None, typer.Option(help="A release to try them on, instead: synthetic records.")
     ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Say what it would cost on the private records.")
+    ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Tries of each setting.")] = 1,
     score: Annotated[
         str | None, typer.Option(metavar="accuracy|variation", help="What settings compare by.")
@@ -262,11 +265,14 @@ def sweep(
     from ..core.config import read_config
     from .init import check_filled
     from .stand_ins import Source
-    from .sweep import Try, parse_grid, said
+    from .sweep import Try, parse_grid, refuse_private, said
     from .sweep import sweep as do_sweep
 
     check_filled(file)
-    config, source = read_config(file), Source.of(public, release)
+    config = read_config(file)
+    if private:
+        refuse_private(config, parse_grid(grid or []))
+    source = Source.of(public, release)
     if score not in (None, "accuracy", "variation"):
         raise ConfigError(f"--score is accuracy or variation, not {score!r}")
     console = _console()

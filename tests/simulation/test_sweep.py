@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fedsynth.core.config import parse_config, read_config
 from fedsynth.core.errors import ConfigError
+from fedsynth.server.ledger import Ledger
 from fedsynth.server.planned import plan_of
 from fedsynth.simulation.cli import app
 from fedsynth.simulation.run import run
@@ -202,7 +203,8 @@ def test_accuracy_needs_a_target(folder):
 def test_a_release_stands_in_for_its_population(folder):
     write_people(folder / "private.csv", 300, seed=3)
     release = run(read_config(folder / "run.toml"))
-    spent = (folder / "ledger.db").read_bytes()
+    with Ledger(folder / "ledger.db") as ledger:
+        head = ledger.head()
 
     found = sweep(
         read_config(folder / "run.toml"),
@@ -214,7 +216,8 @@ def test_a_release_stands_in_for_its_population(folder):
 
     assert "synthetic" in found.source
     assert all(0 <= row.mean <= 1 for row in found.rows)
-    assert (folder / "ledger.db").read_bytes() == spent
+    with Ledger(folder / "ledger.db") as ledger:
+        assert ledger.head() == head
 
 
 def test_a_release_of_another_schema_is_refused(folder):
@@ -270,3 +273,19 @@ def test_the_local_placement_is_tried_with_its_own_noise(folder):
     )
 
     assert other > 1.3 * one
+
+
+def test_a_private_sweep_is_priced_and_not_run(folder):
+    told = CliRunner().invoke(
+        app,
+        [
+            *("sweep", str(folder / "run.toml"), "--private", "--format", "json"),
+            *("--grid", "strategy.max_norm=1,1.5,2"),
+        ],
+    )
+
+    message = json.loads(told.stdout)["error"]
+    assert told.exit_code == ConfigError.exit_code
+    assert "One run costs epsilon 1;" in message
+    assert "Nothing was asked or spent" in message
+    assert not (folder / "ledger.db").exists()
