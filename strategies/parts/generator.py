@@ -23,6 +23,7 @@ from .rounding import rounded_cells
 _MOST_LABELS = 256
 _AT_ONCE = 4096  # records sampled at a time
 _MOST_PULL = 0.02  # above it, a network says the same of every label
+_FAINT = 1e-12  # share of a pixel that another one cannot be seen to take
 _LEAK = 0.02  # gradient that passes a pixel which is full or empty, so that it can come back
 
 Weights = list[NDArray[np.float32]]
@@ -482,7 +483,9 @@ def _blur(shape: tuple[int, int, int], smoothing: float) -> NDArray[np.float32] 
         places = np.arange(side)
         weights = np.exp(-0.5 * ((places[:, None] - places) / smoothing) ** 2)
         sides.append(weights / weights.sum(axis=1, keepdims=True))
-    return np.kron(np.kron(sides[0], sides[1]), np.eye(channels)).astype(np.float32)
+    blur = np.kron(np.kron(sides[0], sides[1]), np.eye(channels))
+    blur[blur < _FAINT] = 0  # numbers too small for float32's usual form slow every product
+    return blur.astype(np.float32)
 
 
 class Adam:
