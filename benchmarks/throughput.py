@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users and messages cost: `dp_fedavg` beside bare torch, the local engine, a million users.
+"""What users and messages cost: training beside pfl, Flower and bare torch; a million users.
 
-The bare loop is what a practitioner would write for the same model: a plain `nn.Module`, and for
-each user one SGD step, the update flattened, its norm clipped, and added to a sum. It gets its
-records as ready tensors; the client path gets codes and bytes, as a shard holds them.
+Training is the task of `training_task.py`, the same for everybody. Start-up excluded is the cost of
+the second half of the rounds; included, all CPU-seconds of all processes, imports among them.
+`--quick` leaves pfl and Flower out.
 """
 
 import gc
@@ -13,38 +13,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import report  # first: it sets up threads and paths
+import training_task as task  # and then what finds the peers
 from dp_accounting.dp_event import DpEvent
+from environment import Unavailable
 from fedsynth.client.respond import block_sum
 from fedsynth.client.shard import Shard
 from fedsynth.core import accounting
 from fedsynth.core.config import parse_config
 from fedsynth.core.mechanism import Lattice
-from fedsynth.core.query import Contribution, Query, Rounds, Strategy
+from fedsynth.core.query import FINE, Contribution, NoisySum, Query, Rounds, Strategy
 from fedsynth.core.randomness import OsKeyStream
 from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Column, Schema
 from fedsynth.server.planned import plan_of
 from fedsynth.simulation.run import run_local
-from fedsynth.strategies.dp_fedavg import DpFedAvg
 from fedsynth.strategies.independent import Columns, Independent
-from fedsynth.strategies.parts.autoencoder import Net
+from fedsynth.strategies.parts.local_training import LocalTraining, places
 from numpy.typing import NDArray
 
-RECORDS_PER_USER = 20
-CLIP, LOCAL_LR, KL_WEIGHT = 1.0, 0.1, 1.0
 BLOCK_BYTES = 1 << 26  # as in client/respond.py: dense rows held at a time
 SEED = (1, 1)
-NETS = {
-    "cnn": Net("cnn", (10,), (28, 28, 1), 63, 8),
-    "mlp": Net("mlp", (10,), (28, 28, 1), 61, 8),
-}
 COLUMNS = 15
 _CHILD_LIMIT_S = 900.0
 
@@ -55,212 +49,120 @@ def main() -> int:
     figures = report.Report("throughput", args)
     many_users(figures, users=20_000 if args.quick else 1_000_000)
     messages(figures, clients=(10, 60) if args.quick else (100, 1000))
-    for case, net in NETS.items():
-        training(figures, case, net, users=32 if args.quick else 160)
+    for form in task.SHAPES:
+        training(figures, form)
     return figures.finish()
 
 
-def training(figures: report.Report, case: str, net: Net, *, users: int) -> None:
-    """Users per CPU-second of the client path and of the bare loop, in turn."""
-    rng = np.random.default_rng(0)
-    shard = image_users(net, users, rng)
-    weights = net.initial(rng)
-    ours = client_path(net, weights, shard)
-    theirs = bare_loop(net, weights, shard)
-    expected = theirs()  # the first call of each: warms caches as well
-    apart = np.linalg.norm(ours() - expected) / np.linalg.norm(expected)
-    rates: tuple[list[float], list[float]] = ([], [])
-    for _ in range(2 if figures.quick else 7):
-        for path, rate in zip((ours, theirs), rates, strict=True):
+def training(figures: report.Report, form: str) -> None:
+    """Users per CPU-second of whole runs, ours and peers', in turn; and that all learn the same."""
+    rounds, repetitions = (4, 1) if figures.quick else (20, 3)
+    orders = np.tile(np.arange(task.IMAGES), (rounds, 1))
+    case = f"{form}, {len(task.start_of(form)):,} weights"
+    rates: dict[str, list[float]] = {}
+    whole: dict[str, list[float]] = {}
+    runs: dict[str, Callable[[], task.Spent]] = {"ours": lambda: task.child("ours", form, rounds)}
+    if not figures.quick:
+        runs["pfl"] = lambda: task.pfl(form, rounds, noise_multiplier=1.0, orders=orders)
+        runs["Flower"] = lambda: task.child("flower", form, rounds // 4)
+    for _ in range(repetitions):
+        for who, run in list(runs.items()):
+            try:
+                spent = run()
+            except Unavailable as error:
+                figures.note(f"{case}: no {who}: {error}")
+                del runs[who]
+                continue
+            rates.setdefault(who, []).append(spent.marginal())
+            whole.setdefault(who, []).append(spent.included())
+    for who, values in rates.items():
+        peer = None if who == "ours" else who
+        figures.add(case, "users, start-up excluded", values, unit="users/CPU-s", peer=peer)
+        figures.add(case, "users, start-up included", whole[who], unit="users/CPU-s", peer=peer)
+    for who, least in (("pfl", 1.5 if form == "cnn" else 3.0), ("Flower", 10.0)):
+        if who in rates:
+            ratio = float(np.median(rates["ours"]) / np.median(rates[who]))
+            figures.add(case, f"ours / {who}", ratio, unit="")
+            figures.claim(f"{form}: at least {least:g} times {who} ({ratio:.2f})", ratio >= least)
+    beside_bare(figures, case, form)
+    if "pfl" in runs:
+        apart = apart_from_pfl(form, rounds)
+        figures.add(case, f"weights after {rounds} rounds, apart from pfl's", apart, unit="")
+        figures.claim(f"{form}: the weights of pfl to 1e-5 ({apart:.1e})", apart <= 1e-5)
+
+
+def beside_bare(figures: report.Report, case: str, form: str) -> None:
+    """The client path beside a plain torch loop over the same users, in turn."""
+    users = 10 if figures.quick else task.USERS
+    shard = task_users(users)
+    strategy = task.Train(**task.settings(form, 1))
+    query = next(strategy.rounds(task.schema(), 1.0, np.random.default_rng(0)))
+    block_users = max(1, BLOCK_BYTES // (8 * query.dim))
+    bare = task.bare_loop(form, shard, order_of(SEED))
+
+    def client_path(per_user: str, query: Query) -> Callable[[], NDArray[np.float64]]:
+        told = replace(strategy, per_user=per_user)
+
+        def summed() -> NDArray[np.float64]:
+            total = np.zeros(query.dim, dtype=np.int64)
+            for block in shard.blocks(block_users):
+                total += block_sum(told, query, block, seed=SEED)
+            return total * Lattice.of(query).unit
+
+        return summed
+
+    paths = {how: client_path(how, query) for how in ("auto", "loop", "vmap")}
+    fine, expected = client_path("auto", replace(query, resolution=FINE)), bare()
+    apart = float(np.linalg.norm(fine() - expected) / np.linalg.norm(expected))
+    rates: dict[str, list[float]] = {name: [] for name in (*paths, "bare")}
+    for path in paths.values():
+        path()
+    for _ in range(1 if figures.quick else 5):
+        for name, path in {**paths, "bare": bare}.items():
             with report.cpu_timer() as spent:
                 path()
-            rate.append(users / spent[0])
-    named = f"{case}, {net.num_weights:,} weights"
-    ratios = [a / b for a, b in zip(*rates, strict=True)]
-    figures.add(named, "client path", rates[0], unit="users/CPU-s")
-    figures.add(named, "bare torch loop", rates[1], unit="users/CPU-s", peer="torch")
-    ratio = figures.add(named, "client path / bare loop", ratios, unit="")
-    figures.add(named, "difference of the two sums, relative", float(apart), unit="")
-    figures.claim(f"{case}: at least 80 % of the bare loop ({ratio.mean:.2f})", ratio.mean >= 0.8)
-    figures.claim(f"{case}: both compute the same sum to 1e-4", bool(apart <= 1e-4))
+            rates[name].append(users / spent[0])
+    for name in paths:
+        figures.add(case, f"client path, per_user = {name}", rates[name], unit="users/CPU-s")
+    figures.add(case, "bare torch loop", rates["bare"], unit="users/CPU-s", peer="torch")
+    ratio = float(np.median(np.array(rates["auto"]) / np.array(rates["bare"])))
+    figures.add(case, "client path / bare loop", ratio, unit="")
+    figures.add(case, "difference of the two sums, relative", apart, unit="")
+    figures.claim(f"{form}: at least 90 % of the bare loop ({ratio:.2f})", ratio >= 0.9)
+    figures.claim(f"{form}: both compute the same sum to 1e-4 ({apart:.1e})", apart <= 1e-4)
 
 
-def image_users(net: Net, users: int, rng: np.random.Generator) -> BoundedShard:
-    """Users of 20 random images each, with a label."""
-    count = users * RECORDS_PER_USER
-    images = rng.integers(0, 256, (count, *(net.image or ())), dtype=np.uint8)
-    codes = rng.integers(0, net.cells[0], (count, 1)).astype(np.int32)
-    index = np.repeat(np.arange(users), RECORDS_PER_USER)
-    return BoundedShard(Records(codes, images), index, users, RECORDS_PER_USER)
+def apart_from_pfl(form: str, rounds: int) -> float:
+    """The largest difference of weights from pfl's after as many rounds, without noise.
 
-
-def client_path(
-    net: Net, weights: NDArray[np.float32], shard: BoundedShard
-) -> Callable[[], NDArray[np.float64]]:
-    """The sum of all users' clipped updates as a client forms it, in blocks, on the lattice."""
-    strategy = DpFedAvg(
-        clip=CLIP,
-        local_lr=LOCAL_LR,
-        kl_weight=KL_WEIGHT,
-        model=net.form,
-        hidden=net.hidden,
-        latent=net.latent,
-    )
-    query = Query(
-        "update",
-        dim=net.num_weights,
-        clip=CLIP,
-        noise_multiplier=1.0,
-        inputs={
-            "weights": weights,
-            "shape": np.array([net.num_pixels, *net.cells], dtype=np.int64),
-            "image": np.array(net.image, dtype=np.int64),
-        },
-    )
-    block_users = max(1, BLOCK_BYTES // (8 * query.dim))
-
-    def summed() -> NDArray[np.float64]:
-        total = np.zeros(query.dim, dtype=np.int64)
-        for block in shard.blocks(block_users):
-            total += block_sum(strategy, query, block, seed=SEED)
-        return total * Lattice.of(query).unit
-
-    return summed
-
-
-def bare_loop(
-    net: Net, weights: NDArray[np.float32], shard: BoundedShard
-) -> Callable[[], NDArray[np.float64]]:
-    """The same sum by a plain torch loop over users."""
-    import torch
-
-    model = bare_model(net)
-    load(model, net, weights)
-    starting = {key: value.clone() for key, value in model.state_dict().items()}
-    start = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LOCAL_LR)
-    noise = code_noise(net)
-    assert shard.records.images is not None
-    images = torch.from_numpy(shard.records.images.astype(np.float32) / 255).permute(0, 3, 1, 2)
-    images = images.contiguous()
-    labels = torch.from_numpy(shard.records.codes[:, 0].astype(np.int64))
-    bounds = shard.starts
-
-    def summed() -> NDArray[np.float64]:
-        total = torch.zeros_like(start)
-        for first, last in pairwise(bounds):
-            model.load_state_dict(starting)
-            optimizer.zero_grad()
-            loss = bare_loss(*model(images[first:last], labels[first:last], noise))
-            loss.backward()
-            optimizer.step()
-            after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-            update = after - start
-            update = update * (CLIP / update.norm().clamp(min=CLIP))
-            total += update
-        return in_our_order(model, net, total)
-
-    return summed
-
-
-def bare_model(net: Net) -> Any:
-    """The autoencoder as a practitioner's module."""
-    import torch
-    from torch import nn
-
-    height, width, channels = net.image or (0, 0, 0)
-    (cells,) = net.cells
-
-    class Dense(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.enter = nn.Linear(net.num_pixels + cells, net.hidden)
-            self.code = nn.Linear(net.hidden, 2 * net.latent)
-            self.open = nn.Linear(net.latent, net.hidden)
-            self.leave = nn.Linear(net.hidden, net.num_pixels + cells)
-
-        def forward(self, images: Any, labels: Any, noise: Any) -> tuple[Any, ...]:
-            pixels = images.flatten(1)
-            seen = torch.cat([pixels, nn.functional.one_hot(labels, cells).float()], dim=1)
-            code = self.code(torch.relu(self.enter(seen)))
-            mean, log_var = code.chunk(2, dim=1)
-            drawn = mean + torch.exp(0.5 * log_var) * noise
-            out = self.leave(torch.relu(self.open(drawn)))
-            return out[:, :-cells], out[:, -cells:], pixels, labels, mean, log_var
-
-    class Convolutional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.grid = (32, height // 4, width // 4)
-            flat = 32 * (height // 4) * (width // 4)
-            self.conv1 = nn.Conv2d(channels, 16, 3, stride=2, padding=1)
-            self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
-            self.enter = nn.Linear(flat + cells, net.hidden)
-            self.code = nn.Linear(net.hidden, 2 * net.latent)
-            self.open = nn.Linear(net.latent, net.hidden)
-            self.columns = nn.Linear(net.hidden, cells)
-            self.spread = nn.Linear(net.hidden, flat)
-            self.up1 = nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1)
-            self.up2 = nn.ConvTranspose2d(16, channels, 4, stride=2, padding=1)
-
-        def forward(self, images: Any, labels: Any, noise: Any) -> tuple[Any, ...]:
-            grid = torch.relu(self.conv2(torch.relu(self.conv1(images))))
-            seen = [grid.flatten(1), nn.functional.one_hot(labels, cells).float()]
-            code = self.code(torch.relu(self.enter(torch.cat(seen, dim=1))))
-            mean, log_var = code.chunk(2, dim=1)
-            opened = torch.relu(self.open(mean + torch.exp(0.5 * log_var) * noise))
-            grid = torch.relu(self.spread(opened)).unflatten(1, self.grid)
-            drawn = self.up2(torch.relu(self.up1(grid)))
-            return drawn, self.columns(opened), images, labels, mean, log_var
-
-    return Dense() if net.form == "mlp" else Convolutional()
-
-
-def bare_loss(drawn: Any, logits: Any, pixels: Any, labels: Any, mean: Any, log_var: Any) -> Any:
-    """Negative evidence lower bound, a mean over records."""
-    from torch.nn import functional as fn
-
-    divergence = -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum()
-    pixel_loss = fn.binary_cross_entropy_with_logits(drawn, pixels, reduction="sum")
-    label_loss = fn.cross_entropy(logits, labels, reduction="sum")
-    return (KL_WEIGHT * divergence + pixel_loss + label_loss) / len(labels)
-
-
-def code_noise(net: Net) -> Any:
-    """The noise of the code that the client path draws from `SEED`, for 20 records."""
-    import torch
-
-    seed = int(np.random.default_rng(SEED).integers(1 << 62))
-    drawn = [
-        np.random.default_rng([seed, place]).standard_normal(net.latent)
-        for place in range(RECORDS_PER_USER)
-    ]
-    return torch.from_numpy(np.array(drawn, dtype=np.float32))
-
-
-def load(model: Any, net: Net, weights: NDArray[np.float32]) -> None:
-    """Give the module our flat vector; its dense layers are stored the other way round."""
-    import torch
-
-    modules = dict(model.named_children())
-    for name, value in net.split(weights).items():
-        layer, part = name.split(".")
-        turned = value.T if part == "w" and value.ndim == 2 else value
-        target = modules[layer].weight if part == "w" else modules[layer].bias
-        target.data.copy_(torch.from_numpy(np.ascontiguousarray(turned)))
-
-
-def in_our_order(model: Any, net: Net, flat: Any) -> NDArray[np.float64]:
-    """A flat vector in the module's order, in ours."""
-    parts, start = {}, 0
-    for name, parameter in model.named_parameters():
-        values = flat[start : start + parameter.numel()].reshape(parameter.shape).numpy()
-        start += parameter.numel()
-        parts[name.replace(".weight", ".w").replace(".bias", ".b")] = (
-            values.T if name.endswith("weight") and values.ndim == 2 else values
+    There is no such option: here the rounds are driven by hand, with exact sums on the finest
+    lattice in place of the noisy ones.
+    """
+    shard, strategy = task_users(task.USERS), task.Train(**task.settings(form, rounds + 1))
+    driven = strategy.rounds(task.schema(), 1.0, np.random.default_rng(0))
+    query, orders = next(driven), []
+    for number in range(rounds):
+        orders.append(order_of((1, number)))
+        fine = replace(query, resolution=FINE)
+        total = sum(
+            block_sum(strategy, fine, block, seed=(1, number)) for block in shard.blocks(25)
         )
-    ordered: NDArray[np.float64] = np.concatenate([parts[name].ravel() for name in net.shapes])
-    return ordered.astype(np.float64)
+        query = driven.send(NoisySum(total * Lattice.of(fine).unit, 1e-9, 1))
+    theirs = task.pfl(form, rounds, noise_multiplier=0.0, orders=np.array(orders))
+    return float(np.abs(query.inputs["weights"] - theirs.weights).max())
+
+
+def order_of(seed: tuple[int, int]) -> NDArray[np.int64]:
+    """In which order our users take their images where a round's public seed is this."""
+    drawn = int(np.random.default_rng(seed).integers(1 << 62))
+    local = LocalTraining(task.STEPS, task.LOCAL_LR, task.BATCH)
+    return np.concatenate(places(task.IMAGES, local, seed=drawn))
+
+
+def task_users(users: int) -> BoundedShard:
+    """The first users of the task."""
+    records = task.people().take(slice(0, users * task.IMAGES))
+    return BoundedShard(records, np.repeat(np.arange(users), task.IMAGES), users, task.IMAGES)
 
 
 def messages(figures: report.Report, *, clients: tuple[int, int]) -> None:

@@ -35,6 +35,7 @@ _VERSION = 2
 _BUSY_S = 60.0
 _MAX_PLAN_ENTRIES = 4096  # kinds of sums in one plan
 _MAX_SAMPLED_KINDS = 128  # pricing takes a fifth of a second for each, and others wait
+_MAX_KINDS_OVER_RECORDS = 4  # of those, over several records of a user: up to five seconds each
 _MAX_ANSWER = 999_000_000  # bytes; SQLite holds a thousand million in a row
 _TABLES = """
 CREATE TABLE names (client TEXT PRIMARY KEY, name TEXT NOT NULL) WITHOUT ROWID;
@@ -534,8 +535,13 @@ def _event(plan: str) -> "DpEvent":
         if not isinstance(entries, list) or len(entries) > _MAX_PLAN_ENTRIES:
             raise ConfigError(f"a plan is a list of at most {_MAX_PLAN_ENTRIES} kinds of sums")
         event = from_json(entries)
-        if sum(entry["sampling_prob"] < 1 for entry in entries) > _MAX_SAMPLED_KINDS:
-            raise ConfigError(f"a plan holds at most {_MAX_SAMPLED_KINDS} kinds of sampled sums")
+        sampled = [entry for entry in entries if entry["sampling_prob"] < 1]
+        over_records = sum(entry.get("records", 1) > 1 for entry in sampled)
+        if len(sampled) > _MAX_SAMPLED_KINDS or over_records > _MAX_KINDS_OVER_RECORDS:
+            raise ConfigError(
+                f"a plan holds at most {_MAX_SAMPLED_KINDS} kinds of sampled sums, of which"
+                f" {_MAX_KINDS_OVER_RECORDS} are over records"
+            )
         return event
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError("not a plan") from error

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.config import RunConfig, read_config, read_started, run_file
+from ..core.devices import choose
 from ..core.errors import ConfigError
 from ..core.privacy import PrivacyUnit
 from ..core.records import BoundedShard, Records
@@ -91,6 +92,7 @@ def site_of(context: "Context") -> Site | None:
 def _owned_site(context: "Context", paths: dict[str, Path]) -> Site:
     """The site that an owner configured."""
     name = str(context.node_config.get("client", "client"))
+    choose(str(context.node_config.get("device", "cpu")))
     schema = Schema.read(paths["schema"])
     state = paths["state"]
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -138,6 +140,7 @@ def _ray_site(context: "Context") -> Site:
     """The site of a node of Flower's Ray simulation; `run` names a run.toml or a run.json."""
     path = run_file(str(context.run_config["run"]))
     config = read_started(path)[1] if path.suffix == ".json" else read_config(path)
+    choose(config.engine.device)
     schema = Schema.read(config.path(config.data.schema_path))
     partition = int(context.node_config["partition-id"])
     of = int(context.node_config["num-partitions"])

@@ -14,16 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 import dp_accounting
-import numpy as np
 from dp_accounting.dp_event import (
     ComposedDpEvent,
     DpEvent,
     GaussianDpEvent,
-    MixtureOfGaussiansDpEvent,
     NoOpDpEvent,
     PoissonSampledDpEvent,
     SelfComposedDpEvent,
@@ -38,8 +36,10 @@ PLD_INTERVAL = 1e-3
 _MANY_SUMS = 2000  # above so many sums the interval's own error adds up, so a finer one is used
 _HOPELESS, _MOST_SAMPLED = 1000.0, 100_000  # an RDP epsilon, and sampled sums, beyond which no
 # loss distribution is made: it would fill any memory, and a stranger's plan may ask for it
+_MOST_LOSSES, _COARSEST = 10_000_000, 0.5  # points of a composed distribution; its widest grid
 _LEAST_NOISE, _MAX_NOISE = 1e-3, 1e6  # of an event that is read; no promise lies beyond
 
+_CLOSE, _MOST_GUESSES = 1e-5, 24  # how near calibrated noise is to the least, as a share of it
 _MOST_RECORDS, _MOST_ROUNDS = 10_000, 1_000_000  # of one sum
 
 
@@ -229,21 +229,55 @@ def calibrate(event: Callable[[float], DpEvent], budget: Budget) -> float:
       ConfigError: No noise multiplier up to a million is enough.
     """
 
-    def fits(noise: float) -> bool:
-        return epsilon_of(event(noise), budget.delta) <= budget.epsilon
+    def priced(noise: float) -> float:
+        return epsilon_of(event(noise), budget.delta)
 
     low, high = 1e-2, 1.0
-    while not fits(high):
+    while not priced(high) <= budget.epsilon:
         low, high = high, high * 2
         if high > _MAX_NOISE / 100:
             raise ConfigError(
                 f"no amount of noise brings this run to epsilon {budget.epsilon:g} at delta"
                 f" {budget.delta:g}; ask for fewer rounds or a larger epsilon"
             )
-    while high / low > 1 + 1e-5:
+    too_little, enough = _bracket(priced, budget.epsilon, low, high)
+    while high / low > 1 + _CLOSE:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if fits(middle) else (middle, high)
+        if too_little < middle < enough:
+            too_little, enough = (
+                (too_little, middle) if priced(middle) <= budget.epsilon else (middle, enough)
+            )
+        low, high = (low, middle) if middle >= enough else (middle, high)
     return high
+
+
+def _bracket(
+    priced: Callable[[float], float], epsilon: float, low: float, high: float
+) -> tuple[float, float]:
+    """Noise just too little and just enough for an epsilon, between `low` and `high`.
+
+    A price can take seconds, so a straight line through the logarithms of noise and price says
+    where to look next; a bisection of what is left needs next to no price more.
+    """
+    at_high = priced(high)
+    at_low = priced(low)
+    for number in range(_MOST_GUESSES):
+        if at_low <= epsilon:  # so little noise is enough already
+            return 0.0, low
+        if high / low <= 1 + _CLOSE / 4:
+            break
+        middle = math.sqrt(low * high)
+        if at_high > 0 and at_low < math.inf and number % 4 < 3:
+            share = math.log(at_low / epsilon) / math.log(at_low / at_high)
+            guess = math.exp(math.log(low) + share * math.log(high / low))
+            aside = 1 + (_CLOSE / 8) * (1 if number % 2 else -1)  # so that both ends close in
+            middle = min(max(guess * aside, low * (1 + _CLOSE / 16)), high / (1 + _CLOSE / 16))
+        at_middle = priced(middle)
+        if at_middle <= epsilon:
+            high, at_high = middle, at_middle
+        else:
+            low, at_low = middle, at_middle
+    return low, high
 
 
 def largest_odds(epsilon: float, prior: float = 0.5) -> float:
@@ -297,18 +331,17 @@ def _add(leaf: Leaf, times: int, found: Leaves) -> None:
         found[leaf] += times
 
 
+def _is_mixture(leaf: Leaf) -> bool:
+    """Whether how many of a user's vectors join is a matter of chance, and may be several."""
+    return leaf.is_sampled and leaf.records > 1
+
+
 def _exact(leaf: Leaf) -> DpEvent:
-    """What a privacy loss distribution is made of."""
+    """What `dp_accounting` prices by itself; no mixture."""
     noise, prob = leaf.noise_multiplier, leaf.sampling_prob
     if not leaf.is_sampled:
         return GaussianDpEvent(noise / leaf.records)
-    if leaf.records == 1:
-        return PoissonSampledDpEvent(prob, GaussianDpEvent(noise))
-    from scipy.stats import binom
-
-    joined = np.arange(leaf.records + 1)
-    probs = binom.pmf(joined, leaf.records, prob)
-    return MixtureOfGaussiansDpEvent(noise, joined.tolist(), (probs / probs.sum()).tolist())
+    return PoissonSampledDpEvent(prob, GaussianDpEvent(noise))
 
 
 def rdp_of(event: DpEvent) -> tuple[tuple[float, ...], NDArray[np.float64]]:
@@ -319,13 +352,10 @@ def rdp_of(event: DpEvent) -> tuple[tuple[float, ...], NDArray[np.float64]]:
 def _rdp(found: Sequence[tuple[Leaf, int]]) -> tuple[tuple[float, ...], NDArray[np.float64]]:
     """`rdp_of` an event given by its leaves."""
     accountant = dp_accounting.rdp.RdpAccountant()
+    mixtures = [(leaf, n) for leaf, n in found if _is_mixture(leaf)]
     orders = tuple(float(order) for order in accountant.orders)
-    mixtures = [(leaf, n) for leaf, n in found if leaf.is_sampled and leaf.records > 1]
-    others = [
-        SelfComposedDpEvent(_exact(leaf), n) for leaf, n in found if (leaf, n) not in mixtures
-    ]
     with _quiet():
-        total = accountant.compose(ComposedDpEvent(others)).rdp
+        total = accountant.compose(_others(found)).rdp
     if mixtures:
         from .mixture import mixture_rdp
 
@@ -345,6 +375,47 @@ def _rdp_epsilon(found: Sequence[tuple[Leaf, int]], delta: float) -> float:
     return rdp_to_epsilon(*_rdp(found), delta)
 
 
+def _pld_epsilon(
+    found: Sequence[tuple[Leaf, int]], delta: float, interval: float, *, is_wide: bool
+) -> float:
+    """Epsilon by privacy loss distributions, on a grid of losses of a given interval.
+
+    The grid of mixtures is coarser where it would take too long; so it is where Rényi's figure
+    `is_wide`, which for rare but large sums it may be although epsilon is not.
+    """
+    mixtures = [(leaf, n) for leaf, n in found if _is_mixture(leaf)]
+    if not mixtures:
+        accountant = dp_accounting.pld.PLDAccountant(value_discretization_interval=interval)
+        return _accountant_epsilon(accountant, _others(found), delta)
+    from dp_accounting.pld import privacy_loss_distribution
+
+    from .mixture import least_interval, losses_span, mixture_pld
+
+    interval = max([interval, *(least_interval(*leaf[:3]) for leaf, _ in mixtures)])
+    if is_wide:
+        span = sum(n * losses_span(*leaf[:3]) for leaf, n in mixtures)
+        interval = max(interval, span / _MOST_LOSSES)
+    if interval > _COARSEST:
+        return math.inf
+    parts = [mixture_pld(*leaf[:3], interval).self_compose(n) for leaf, n in mixtures]
+    for leaf, n in found:
+        if not _is_mixture(leaf):
+            alone = privacy_loss_distribution.from_gaussian_mechanism(
+                leaf.noise_multiplier / leaf.records,
+                value_discretization_interval=interval,
+                sampling_prob=leaf.sampling_prob,
+            )
+            parts.append(alone.self_compose(n))
+    return float(reduce(lambda one, two: one.compose(two), parts).get_epsilon_for_delta(delta))
+
+
+def _others(found: Iterable[tuple[Leaf, int]]) -> DpEvent:
+    """The sums of an event that are no mixtures, as `dp_accounting` prices them."""
+    return ComposedDpEvent(
+        [SelfComposedDpEvent(_exact(leaf), n) for leaf, n in found if not _is_mixture(leaf)]
+    )
+
+
 @lru_cache(maxsize=4096)
 def _price(found: tuple[tuple[Leaf, int], ...], delta: float) -> Price:
     """`price` of an event given by its sorted leaves."""
@@ -358,13 +429,12 @@ def _price(found: tuple[tuple[Leaf, int], ...], delta: float) -> Price:
         return _checked(
             float(dp_accounting.get_epsilon_gaussian(1 / mu, delta)), "gaussian-exact", rdp
         )
-    if rdp > _HOPELESS or sum(n for leaf, n in found if leaf.is_sampled) > _MOST_SAMPLED:
+    num_sampled = sum(n for leaf, n in found if leaf.is_sampled)
+    if num_sampled > _MOST_SAMPLED or (rdp > _HOPELESS and not all(map(_is_mixture, dict(found)))):
         return Price(rdp, "rdp", rdp)
-    event = ComposedDpEvent([SelfComposedDpEvent(_exact(leaf), n) for leaf, n in found])
     many = sum(count for _, count in found) > _MANY_SUMS
     for interval in (PLD_INTERVAL / 10,) if many else (PLD_INTERVAL, PLD_INTERVAL / 10):
-        pld = dp_accounting.pld.PLDAccountant(value_discretization_interval=interval)
-        epsilon = _accountant_epsilon(pld, event, delta)
+        epsilon = _pld_epsilon(found, delta, interval, is_wide=rdp > _HOPELESS)
         if epsilon <= rdp:  # a coarse grid overstates tiny epsilons; a finer one settles it
             break
     return _checked(min(epsilon, rdp), "pld" if epsilon <= rdp else "rdp", rdp)

@@ -19,6 +19,16 @@ Keep = Callable[[Checkpoint, int], None]
 """What is told of a checkpoint, and after how many rounds it came."""
 
 
+def without_checkpoints(steps: Steps) -> Rounds:
+    """The queries of a strategy that asks no models, and none of its checkpoints."""
+    return answered(steps, _asks_no_model)
+
+
+def _asks_no_model(request: Generation) -> Candidates:
+    """Answers nothing."""
+    raise TypeError("a request to a public model where queries alone were expected")
+
+
 def answered(steps: Steps, source: Source, keep: Keep = lambda checkpoint, rounds: None) -> Rounds:
     """A strategy's rounds with all its generations answered, so that queries alone are left.
 

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from .devices import Device
 from .electorate import ALIKE, Electorate
 from .errors import ConfigError
 from .privacy import Budget, NoisePlacement, PrivacyUnit, Relation
@@ -120,6 +121,7 @@ class EngineSection(Section):
     timeout_s: Real = Field(default=600.0, gt=0)
     wire: StrictBool = False  # local: send every message through its serialized form
     connection: str = "superlink"  # superlink: its name in Flower's configuration
+    device: Device = "cpu"  # of this side; a deployed client's is in its node's configuration
 
     @property
     def quorum(self) -> int:

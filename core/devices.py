@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which device this process trains on: one setting of a process, never of a strategy."""
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from .errors import ConfigError
 
@@ -10,7 +10,7 @@ Device = Literal["cpu", "cuda", "auto"]
 _chosen: list[Device] = ["cpu"]
 
 
-def choose(device: Device) -> None:
+def choose(device: str) -> None:
     """Train on this device from now on, in this process.
 
     Args:
@@ -21,7 +21,7 @@ def choose(device: Device) -> None:
     """
     if device not in get_args(Device):
         raise ConfigError(f"device must be one of {', '.join(get_args(Device))}, not {device!r}")
-    _chosen[0] = device
+    _chosen[0] = cast("Device", device)
 
 
 def chosen() -> Device:

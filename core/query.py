@@ -382,7 +382,8 @@ Rounds = Generator[Query, NoisySum, Synthesizer]
 """Queries alone, each answered by its noisy sum."""
 
 Steps = Generator[Query | Generation | Checkpoint, Any, Synthesizer]
-"""Queries; requests to public models, each answered by candidates; and checkpoints."""
+"""Queries; requests to public models, each answered by candidates; and, of `rounds_from`,
+checkpoints, which are answered by nothing."""
 
 
 class Strategy(ABC):
@@ -412,9 +413,9 @@ class Strategy(ABC):
     A strategy whose rounds may end before its event is spent says so, by an attribute or a property
     `stops_early` that is true. What was not asked by then is not charged.
 
-    A strategy whose public half is long work yields a `Checkpoint` after rounds, and has a method
-    `rounds_from(schema, noise_multiplier, rng, state)` that goes on from the state of one: `rng`
-    then stands where it stood. `rounds` is the same with no state.
+    A strategy whose public half is long work has a method `rounds_from(schema, noise_multiplier,
+    rng, state)`. It is `rounds`, but also yields a `Checkpoint` after rounds, and goes on from the
+    state of one, `rng` then standing where it stood; `None`: from the beginning.
 
     Whom its records describe, and how much each user counts in them, stands in an attribute or a
     property `describes`: plain sentences, which the card of a release shows; see `describes_of`.
@@ -448,8 +449,7 @@ class Strategy(ABC):
     def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
         """Server half: yield queries, receive noisy sums, return a synthesizer.
 
-        May also yield a `Generation`, and receives the candidates that a public model made, or a
-        `Checkpoint`, for which it receives nothing.
+        May also yield a `Generation`, and receives the candidates that a public model made.
 
         Must end in a synthesizer whatever the sums are, void ones included.
 

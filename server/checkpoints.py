@@ -55,10 +55,10 @@ class Checkpoints:
         """
         plan, strategy = self._plan, self._plan.strategy
         goes_on = getattr(strategy, "rounds_from", None)
-        state = None if goes_on is None else self._newest()
-        if goes_on is None or state is None:
+        if goes_on is None:
             steps = strategy.rounds(plan.schema, plan.noise_multiplier, self._rng)
         else:
+            state = self._newest()
             steps = goes_on(plan.schema, plan.noise_multiplier, self._rng, state)
         return answered(steps, source, self._keep), self._done
 

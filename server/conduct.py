@@ -19,6 +19,7 @@ from ..core.leaf import Leaves, num_rounds_of
 from ..core.query import Query, trusts_server
 from ..core.randomness import KeyStream
 from ..core.wire import Ask, canonical
+from ..strategies.parts.device import take_device
 from ..strategies.registry import build_aggregator, settings_of
 from .checkpoints import CHECKPOINT, Checkpoints
 from .federation import Federation
@@ -86,11 +87,13 @@ def conduct(
       The release folder.
 
     Raises:
+      ConfigError: The device that it was told to train on is not there; nothing was spent.
       PrivacyRefusal: The budget does not hold the run, or a query is outside its plan.
       QuorumError: Too few clients; resumable.
       Interrupted: A person stopped it; resumable.
     """
     config = plan.config
+    take_device(config.engine.device)
     federation = Federation(
         grid=grid,
         num_clients=config.engine.clients,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..client.placing import placed
 from ..client.respond import REFUSED, block_sum, users_a_block
+from ..client.turns import whose_turn
 from ..core import accounting
 from ..core.answering import answered
 from ..core.candidates import Candidates
@@ -25,7 +26,7 @@ from ..core.embedding import EMBEDDER
 from ..core.errors import ConfigError
 from ..core.generation import Generation
 from ..core.leaf import num_rounds_of
-from ..core.mechanism import Lattice, noised, real_sum
+from ..core.mechanism import Lattice, encoded, noised, real_sum
 from ..core.query import NoisySum, Query, Rounds, Strategy, check_reads, embedder_of, trusts_server
 from ..core.randomness import OsKeyStream
 from ..core.records import BoundedShard, Records
@@ -38,6 +39,7 @@ from ..strategies.registry import built, settings_of
 
 if TYPE_CHECKING:
     from ..core.randomness import KeyStream
+    from ..core.series import Series
 
 _NOISE = 0.7
 _MANY = 10_000
@@ -192,6 +194,7 @@ class _Trial:
         self._transcript: list[tuple[Query, NoisySum]] | None = None
         self._learned: Synthesizer | None = None
         self._made: dict[str, Candidates] = {}
+        self._echoes: dict[tuple[str, Series], dict[int, NDArray[np.int64]]] = {}
 
     def checks(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """What is owed, in order."""
@@ -232,15 +235,41 @@ class _Trial:
         planned = accounting.leaves(self.strategy.event(self.schema, _NOISE))
         if asked != planned and not (self.stops_early and asked <= planned):
             raise Broken(f"event() holds {dict(planned)}, rounds() asks {dict(asked)}")
+        priced = max((leaf.records for leaf in asked), default=1)
+        told = getattr(self.strategy, "records_per_user", None)
+        if priced > 1 and told != priced:
+            raise Broken(
+                f"it asks for sums over {priced} records a user; give it `records_per_user ="
+                f" {priced}`, by which a run is held against unit.max_records, not {told}"
+            )
+        self.series_are_whole()
+
+    def series_are_whole(self) -> None:
+        turns: dict[tuple[str, Series], list[int]] = {}
+        for query, _ in self.transcript:
+            if query.turn is not None:
+                turns.setdefault((query.name, query.turn.series), []).append(query.turn.position)
+        for (name, series), positions in turns.items():
+            in_order = positions == list(range(len(positions)))
+            if not in_order or (len(positions) < series.num_rounds and not self.stops_early):
+                raise Broken(
+                    f"query {name!r}: a series of {series.num_rounds} rounds is asked round by"
+                    f" round from 0, not {positions}"
+                )
 
     def one_user_is_bounded(self) -> None:
         for query in self.queries:
-            bound = Lattice.of(query).bound
             without = self.sum_of(query, self.shard)
             for what, user in self.arbitrary_users():
+                num_records = len(user.records)
+                if query.records and num_records > query.records:
+                    continue  # no client lets in such a user
+                # over records a user moves the sum by a clip for each record that joins
+                most = num_records if query.records else 1
+                bound = Lattice.of(query).bound
                 for order in ((self.shard, user), (user, self.shard)):
                     length = _length(query, self.sum_of(query, joined(*order)) - without)
-                    if length > bound * (1 + 1e-12):
+                    if length > most * bound * (1 + 1e-12):
                         raise Broken(
                             f"query {query.name!r}: a user with {what} moves the sum by"
                             f" {length / bound:.6f} clips"
@@ -270,7 +299,8 @@ class _Trial:
             request = tampered(query, names, rng)
             if request is None or self.refuses(request, users):
                 continue
-            alone = [self.sum_of(request, user) for user in users.blocks(1)]
+            apart = users.by_record() if request.records else users
+            alone = [self.sum_of(request, user) for user in apart.blocks(1)]
             longest = max(_length(request, part) for part in alone) / Lattice.of(request).bound
             if longest > 1 + 1e-12:
                 raise Broken(
@@ -407,10 +437,17 @@ class _Trial:
             nominal = query.noise_multiplier * score_sensitivity(query)
             return NoisySum(total.astype(np.float64), nominal, num_clients=1)
         lattice, stddev = Lattice.of(query), query.noise_multiplier * query.clip
-        total = noised(
-            self.sum_of(query, self.shard), stddev=stddev, lattice=lattice, stream=stream
-        )
+        total = self.sum_of(query, self.having_turn(query, stream))
+        if query.turn is not None:
+            known = self._echoes.setdefault((query.name, query.turn.series), {})
+            known[query.turn.position] = total
+            total = encoded(total, query.turn, known)
+        total = noised(total, stddev=stddev, lattice=lattice, stream=stream)
         return real_sum(total, stddev=stddev, lattice=lattice, num_clients=1)
+
+    def having_turn(self, query: Query, stream: "KeyStream") -> BoundedShard:
+        """The trial's shard, of a series those whose turn it is; no coins are flipped."""
+        return whose_turn(self.shard, replace(query, records=0, sampling_prob=1.0), stream)
 
     def refuses(self, query: Query, shard: BoundedShard) -> bool:
         """Whether a client refuses to answer a query for anybody."""
@@ -421,8 +458,9 @@ class _Trial:
         return False
 
     def sum_of(self, query: Query, shard: BoundedShard) -> NDArray[np.int64]:
-        """The clipped integer sum over a shard, as a client forms it."""
-        return block_sum(self.strategy, query, self.placed(query, shard), seed=(5, 1))
+        """The clipped integer sum over a shard, as a client forms it when every coin comes up."""
+        asked = shard.by_record() if query.records else shard
+        return block_sum(self.strategy, query, self.placed(query, asked), seed=(5, 1))
 
     def placed(self, query: Query, shard: BoundedShard) -> BoundedShard:
         """The shard as a client has it for a query: placed, if the query needs that."""

@@ -99,7 +99,7 @@ def run_peer(
       Unavailable: There is no result; the message says why.
     """
     peer = PEERS[name]
-    python = _python(peer.environment)
+    python = python_of(peer.environment)
     with tempfile.TemporaryDirectory() as folder:
         given, cells, out = (Path(folder) / n for n in ("codes.npy", "domain.json", "out.json"))
         np.save(given, codes)
@@ -121,8 +121,27 @@ def run_peer(
         return np.load(out.with_suffix(".npy")), figures
 
 
-def _python(environment: str) -> Path:
-    """The interpreter of an environment, made and filled if it is not there yet."""
+def run_command(command: Sequence[Any], limit_s: float) -> None:
+    """Run a peer's driver to its end.
+
+    Raises:
+      Unavailable: It failed, or did not end within so many seconds.
+    """
+    try:
+        done = _finished(command, limit_s)
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"no result in {limit_s:g} s") from None
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise Unavailable(f"it ended with code {done.returncode}: {last[0][:200]}")
+
+
+def python_of(environment: str) -> Path:
+    """The interpreter of an environment, made and filled if it is not there yet.
+
+    Raises:
+      Unavailable: It cannot be made here.
+    """
     folder = _ROOT / environment
     python, stamp = folder / "bin" / "python", folder / ".installed"
     wanted = (_HERE / f"{environment}.txt").read_text(encoding="utf-8")

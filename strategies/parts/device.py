@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from ...core.devices import chosen
+from ...core.devices import choose, chosen
 from ...core.errors import ConfigError
 
 
@@ -24,3 +24,19 @@ def device_for(torch: Any) -> Any:
             " or set device = 'auto' or 'cpu'"
         )
     return torch.device("cpu")
+
+
+def take_device(device: str) -> None:
+    """Train on this device from now on, in this process.
+
+    Raises:
+      ConfigError: It is none, or it is a GPU and there is none.
+    """
+    choose(device)
+    if device != "cuda":
+        return
+    try:
+        import torch
+    except ImportError as error:
+        raise ConfigError("device = 'cuda' needs torch: pip install 'fedsynth[train]'") from error
+    device_for(torch)

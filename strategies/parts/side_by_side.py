@@ -49,8 +49,8 @@ def side_by_side(
     padded = np.array([_padded(int(count), training.batch) for count in counts])
     steps = _Steps(torch, model, weights, training.lr, device)
     sizes = {}
+    given = model.read(torch, shard.records.take(slice(0, 1)))  # of what types and shapes
     for size in np.unique(padded):
-        given = model.read(torch, shard.records.take(slice(0, 1)))
         sizes[int(size)] = _sizes(steps, given, chance, int(size))
         if not sizes[int(size)]:
             return False
@@ -60,6 +60,10 @@ def side_by_side(
         size = _padded(num_records, training.batch)
         return [np.resize(part, size) for part in places(num_records, training, seed=seed)]
 
+    @lru_cache(maxsize=256)
+    def needed_by(num_records: int) -> NDArray[np.int64]:
+        return np.unique(np.concatenate(taken_by(num_records)))
+
     for size, allowed in sizes.items():
         users = np.flatnonzero(padded == size)
         for begin in range(0, len(users), allowed[-1]):
@@ -68,16 +72,18 @@ def side_by_side(
             lengths = [min(int(counts[user]), training.batch or size, size) for user in some]
             room = next(number for number in allowed if number >= len(some))
             filled = np.resize(np.arange(len(some)), room)  # again from the first
-            records = np.concatenate([np.arange(starts[u], starts[u + 1]) for u in some])
-            firsts = np.cumsum([0, *counts[some][:-1]])
-            seen = [p.to(device) for p in model.read(torch, shard.records.take(records))]
+            needed = [needed_by(int(counts[user])) for user in some]
+            firsts = np.cumsum([0, *(len(part) for part in needed[:-1])])
+            read = np.concatenate([starts[u] + n for u, n in zip(some, needed, strict=True)])
+            seen = [p.to(device) for p in model.read(torch, shard.records.take(read))]
             share = np.zeros((len(some), size), dtype=np.float32)
             for place, length in enumerate(lengths):
                 share[place, :length] = np.float32(1 / length)
             batches = []
             for step in range(training.steps):
                 taken = np.stack([parts[step] for parts in places_of])
-                at = torch.from_numpy((taken + firsts[:, None])[filled]).to(device)
+                rank = [np.searchsorted(n, t) for n, t in zip(needed, taken, strict=True)]
+                at = torch.from_numpy((np.stack(rank) + firsts[:, None])[filled]).to(device)
                 drawn = torch.from_numpy(taken[filled]).to(device)
                 batches.append((tuple(p[at] for p in seen), tuple(p[drawn] for p in chance[step])))
             change = steps(batches, torch.from_numpy(share[filled]).to(device))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from dp_accounting.dp_event import GaussianDpEvent, SelfComposedDpEvent
+from fedsynth.core.answering import without_checkpoints
 from fedsynth.core.checkpoint import Checkpoint
 from fedsynth.core.config import parse_config
 from fedsynth.core.errors import Interrupted
@@ -36,12 +37,12 @@ class Walk(Strategy):
         return SelfComposedDpEvent(GaussianDpEvent(noise_multiplier * ROUNDS**0.5), ROUNDS)
 
     def rounds(self, schema: Any, noise_multiplier: float, rng: Any) -> Iterator[Query]:
-        start = {"round": np.array(0), "total": np.zeros(self.width)}
-        return (yield from self.rounds_from(schema, noise_multiplier, rng, start))
+        return without_checkpoints(self.rounds_from(schema, noise_multiplier, rng, None))
 
     def rounds_from(
         self, schema: Any, noise_multiplier: float, rng: Any, state: Any
     ) -> Iterator[Query]:
+        state = state or {"round": np.array(0), "total": np.zeros(self.width)}
         begun_at.append(int(state["round"]))
         total = state["total"]
         for number in range(int(state["round"]), ROUNDS):

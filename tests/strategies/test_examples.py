@@ -15,6 +15,7 @@ from fedsynth.core.query import Query
 from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Column, Schema
 from fedsynth.server.federation import Federation
+from fedsynth.simulation.check import check_strategy
 from fedsynth.simulation.check_aggregator import check_aggregator
 from fedsynth.simulation.direct import direct_run, prior
 from fedsynth.strategies import registry
@@ -196,3 +197,32 @@ def test_an_installed_strategys_release_is_opened_again(installed, tmp_path, mon
 
     assert fs.Release.open(release.folder).sample(10, seed=1).num_rows == 10
     assert release.verify(replay=True).ok
+
+
+@pytest.fixture
+def own_model(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(EXAMPLES / "own_model"))
+    settings = {"num_users": 2000, "sampling_prob": 0.3, "clip": 0.5, "server_lr": 0.1}
+    return lambda **more: build_strategy("own_model:OwnModel", {**settings, **more})
+
+
+@pytest.mark.parametrize(
+    "level", [{}, {"level": "example", "records_per_user": 1}], ids=["user", "example"]
+)
+def test_the_example_model_learns_what_its_prior_does_not_know(own_model, level):
+    shard = BoundedShard(records(2000), np.arange(2000), 2000, 1)
+    strategy = own_model(num_rounds=40, **level)
+
+    synthesizer = direct_run(strategy, SCHEMA, shard, 1.0, rng=np.random.default_rng(0))
+
+    blind = prior(strategy, SCHEMA, 1.0, np.random.default_rng(0))
+    rng = np.random.default_rng(1)
+    assert accuracy(synthesizer.sample(2000, rng)) > 0.9
+    assert accuracy(blind.sample(2000, rng)) < 0.7
+
+
+def test_the_example_model_keeps_what_every_strategy_owes(own_model):
+    strategy = own_model(num_users=40, num_rounds=3)
+
+    assert [(f.name, f.detail) for f in check_strategy(strategy) if not f.ok] == []

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all strategies share that train by users' updates: optimizers, devices, bad requests."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+from fedsynth.client.respond import block_sum
+from fedsynth.core import devices
+from fedsynth.core.errors import ConfigError
+from fedsynth.core.query import Query
+from fedsynth.core.records import Records
+from fedsynth.simulation.check import made_up, small_images, small_table
+from fedsynth.strategies.dp_fedavg import DpFedAvg
+from fedsynth.strategies.parts import local_training, side_by_side
+from fedsynth.strategies.parts.autoencoder import Net
+from fedsynth.strategies.parts.device import device_for, take_device
+from fedsynth.strategies.parts.local_training import LocalTraining, places, updates
+from fedsynth.strategies.parts.server_optimizer import ServerOptimizer
+from fedsynth.strategies.parts.trainable import RecordShape
+from flwr.serverapp.strategy import FedAvg
+
+torch = pytest.importorskip("torch")
+
+NET = Net("mlp", (3, 2), None, 6, 2)
+BESIDE = LocalTraining(steps=2, lr=0.1, per_user="vmap")
+
+
+def users(records_per_user, seed=1):
+    """Users of random records of two columns."""
+    shard = made_up(small_table(), records_per_user, seed=seed)
+    codes = np.random.default_rng(seed).integers(0, [3, 2], (len(shard.records), 2))
+    return type(shard)(
+        Records(codes.astype(np.int32)), shard.user_index, shard.num_users, shard.max_records
+    )
+
+
+def weights_of(net):
+    return net.initial(np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"])
+def test_an_optimizer_goes_the_way_of_the_mean_and_the_same_way_again(name):
+    before, mean = np.zeros(5), np.array([1e-3, -1e-3, 2e-3, 0.0, 5e-3])
+
+    once, again = (ServerOptimizer(name).build(seed=3).moved(before, mean) for _ in range(2))
+
+    assert (np.sign(once) == np.sign(mean)).all()
+    assert (once == again).all()
+
+
+def test_fedavg_takes_the_mean_as_it_is_and_fedavgm_with_step_and_momentum():
+    before, mean = np.ones(3), np.array([0.5, 0.0, -0.25])
+    plain = ServerOptimizer("fedavg").build(seed=3)
+    heavy = ServerOptimizer("fedavgm", lr=0.1, momentum=0.5).build(seed=3)
+
+    once = heavy.moved(before, mean)
+
+    np.testing.assert_allclose(plain.moved(before, mean), before + mean)
+    np.testing.assert_allclose(once, before + 0.1 * mean)
+    np.testing.assert_allclose(heavy.moved(once, mean), once + 0.1 * 1.5 * mean)
+
+
+class Nosy(FedAvg):
+    """Draws from global generators, wants a hundred clients, and may give nothing."""
+
+    def __init__(self, gives="weights"):
+        super().__init__(min_available_nodes=4, min_train_nodes=4)
+        self.gives = gives
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        moved = arrays["weights"].numpy() + random.random() + np.random.random()  # noqa: NPY002
+        if self.gives == "nan":
+            moved = moved * np.nan
+        arrays["weights"] = type(arrays["weights"])(moved)
+        return (arrays if self.gives != "nothing" else None), metrics
+
+
+def own(gives="weights"):
+    from fedsynth.strategies.parts.flower_optimizer import FlowerOptimizer
+
+    return FlowerOptimizer(Nosy, "nosy", {"gives": gives}, 3)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    monkeypatch.setattr("flwr.serverapp.strategy.strategy_utils.sleep", lambda s: None)
+
+
+def test_a_strategy_of_flowers_that_draws_at_random_replays_and_moves_no_global_generator(
+    no_waiting,
+):
+    random.seed(1)
+    plain, bits = random.getstate(), np.random.get_bit_generator().state["state"]["pos"]
+
+    first = own().moved(np.zeros(3), np.ones(3))
+
+    assert (first == own().moved(np.zeros(3), np.ones(3))).all()
+    assert random.getstate() == plain
+    assert np.random.get_bit_generator().state["state"]["pos"] == bits
+
+
+@pytest.mark.parametrize(("gives", "why"), [("nothing", "gave no arrays"), ("nan", "no numbers")])
+def test_a_strategy_of_flowers_that_makes_no_weights_is_refused(no_waiting, gives, why):
+    with pytest.raises(ConfigError, match=why):
+        own(gives).moved(np.zeros(3), np.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"server_optimizer": "my_module:Mine"}, "entry point of fedsynth.server_optimizers"),
+        ({"server_optimizer": "fedsgd"}, "fedadam"),
+        ({"server_settings": {"no_such": 1}}, "no_such"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused_before_anything_is_spent(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        DpFedAvg(**settings).event(small_table(), 1.0)
+
+
+def test_a_client_answers_without_ever_loading_flowers_strategies(monkeypatch):
+    strategy, schema = DpFedAvg(hidden=6, latent=2), small_table()
+    query = next(strategy.rounds(schema, 1.0, np.random.default_rng(0)))
+    monkeypatch.setitem(sys.modules, "flwr.serverapp.strategy", None)
+    monkeypatch.delitem(sys.modules, "fedsynth.strategies.parts.flower_optimizer")
+
+    made = DpFedAvg(hidden=6, latent=2).answer(
+        query, made_up(schema, [2, 1], seed=1), np.random.default_rng(0)
+    )
+
+    assert np.abs(made.dense).max() > 0
+
+
+def test_a_step_takes_its_records_in_turn_and_a_place_knows_no_number_of_records():
+    training = LocalTraining(steps=3, lr=0.1, batch=4)
+
+    of_ten, of_three = places(10, training, seed=7), places(3, training, seed=7)
+
+    assert sorted(np.concatenate(of_ten)[:10]) == list(range(10))
+    assert [len(part) for part in of_ten] == [4, 4, 4]
+    assert [sorted(part) for part in of_three] == [[0, 1, 2]] * 3
+    ranks = [list(np.concatenate(places(n, training, seed=7))[:n]) for n in (5, 10)]
+    assert [place for place in ranks[1] if place < 5] == ranks[0]
+
+
+def test_a_user_with_one_record_trains_on_it_in_every_step():
+    shard = users([1])
+
+    row = updates(NET, weights_of(NET), shard, LocalTraining(3, 0.1, batch=10), seed=1)
+
+    assert np.isfinite(row).all()
+    assert np.abs(row).max() > 0
+
+
+def test_users_do_stand_side_by_side_where_that_was_asked(monkeypatch):
+    shard = users([1, 3, 2, 2, 7])
+    alone = updates(NET, weights_of(NET), shard, LocalTraining(2, 0.1, per_user="loop"), seed=1)
+
+    def refuse(*args):
+        raise AssertionError("one by one")
+
+    monkeypatch.setattr(local_training, "_loop", refuse)
+
+    beside = updates(NET, weights_of(NET), shard, BESIDE, seed=1)
+
+    np.testing.assert_allclose(beside, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("fault", ["by place", "by neighbor", "not at all"])
+def test_users_are_taken_one_by_one_where_places_or_neighbors_change_a_bit(monkeypatch, fault):
+    shard, plain = users([2, 2, 2]), side_by_side._Steps.__call__
+    monkeypatch.setattr(side_by_side, "_agreeing", {})
+
+    def unlike(self, batches, share):
+        change = plain(self, batches, share)
+        name = next(iter(change))
+        tiny = 1e-7 * torch.arange(len(share)) if fault == "by place" else torch.zeros(len(share))
+        if fault == "by neighbor":
+            tiny = tiny + 1e-7 * batches[0][0][-1].flatten(1).sum(1).roll(1)
+        change[name] += tiny.view(-1, *[1] * (change[name].dim() - 1))
+        return change
+
+    monkeypatch.setattr(side_by_side._Steps, "__call__", unlike)
+    rows = np.zeros((3, NET.num_weights), dtype=np.float32)
+    device = torch.device("cpu")
+    chance = local_training.chances(torch, device, NET, shard, BESIDE, seed=1)
+
+    taken = side_by_side.side_by_side(
+        torch, device, NET, weights_of(NET), shard, BESIDE, 1, chance, rows
+    )
+
+    assert taken == (fault == "not at all")
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {},
+        {"cells": np.array([2, 3])},
+        {"cells": np.array([2, 0]), "image": np.array([], dtype=np.int64)},
+        {"cells": np.array([2.0]), "image": np.array([], dtype=np.int64)},
+        {"cells": np.array([2]), "image": np.array([8, 8])},
+        {"cells": np.array([2]), "image": np.array([8, 8, 1 << 40])},
+    ],
+)
+def test_a_request_that_describes_no_records_is_refused(inputs):
+    with pytest.raises(ConfigError, match="describe"):
+        RecordShape.from_inputs(inputs)
+
+
+def test_a_client_whose_images_are_of_another_size_answers_with_zeros_for_nobody_elses_harm():
+    strategy = DpFedAvg(hidden=6, latent=2)
+    query = next(strategy.rounds(small_images(), 1.0, np.random.default_rng(0)))
+    given = {**query.inputs, "image": np.array([16, 4, 1])}  # as many pixels, laid out otherwise
+    other = Query(query.name, query.dim, query.clip, query.noise_multiplier, inputs=given)
+    shard = made_up(small_images(), [1, 2], seed=1)
+
+    with pytest.raises(ConfigError, match="another size"):
+        strategy.answer(other, shard, np.random.default_rng(0))
+    assert (block_sum(strategy, other, shard, seed=(1, 1)) == 0).all()
+
+
+@pytest.fixture
+def device():
+    yield
+    devices.choose("cpu")
+
+
+def test_a_gpu_that_is_not_there_is_missed_with_a_word_on_what_to_do(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    with pytest.raises(ConfigError, match="device = 'auto'"):
+        take_device("cuda")
+
+
+def test_auto_takes_the_processor_where_there_is_no_gpu(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    take_device("auto")
+
+    assert device_for(torch).type == "cpu"
+
+
+def test_a_device_that_is_none_is_refused(device):
+    with pytest.raises(ConfigError, match="cpu, cuda, auto"):
+        take_device("tpu")
