@@ -18,6 +18,7 @@ from functools import lru_cache, reduce
 from typing import Any
 
 import dp_accounting
+import numpy as np
 from dp_accounting.dp_event import (
     ComposedDpEvent,
     DpEvent,
