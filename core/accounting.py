@@ -18,6 +18,7 @@ from functools import lru_cache, reduce
 from typing import Any
 
 import dp_accounting
+import numpy as np
 from dp_accounting.dp_event import (
     ComposedDpEvent,
     DpEvent,
@@ -26,6 +27,7 @@ from dp_accounting.dp_event import (
     PoissonSampledDpEvent,
     SelfComposedDpEvent,
 )
+from numpy.typing import NDArray
 
 from .errors import ConfigError, FedsynthError
 from .leaf import Leaf, Leaves
@@ -343,20 +345,35 @@ def _exact(leaf: Leaf) -> DpEvent:
     return PoissonSampledDpEvent(prob, GaussianDpEvent(noise))
 
 
-def _rdp_epsilon(found: Sequence[tuple[Leaf, int]], delta: float) -> float:
-    """Epsilon by Rényi differential privacy."""
+def rdp_of(event: DpEvent) -> tuple[tuple[float, ...], NDArray[np.float64]]:
+    """Orders, and the Rényi divergence of an event at each of them."""
+    return _rdp(sorted(leaves(event).items()))
+
+
+def _rdp(found: Sequence[tuple[Leaf, int]]) -> tuple[tuple[float, ...], NDArray[np.float64]]:
+    """`rdp_of` an event given by its leaves."""
     accountant = dp_accounting.rdp.RdpAccountant()
     mixtures = [(leaf, n) for leaf, n in found if _is_mixture(leaf)]
-    if not mixtures:
-        return _accountant_epsilon(accountant, _others(found), delta)
-    from .mixture import mixture_rdp
-
     orders = tuple(float(order) for order in accountant.orders)
     with _quiet():
         total = accountant.compose(_others(found)).rdp
+    if mixtures:
+        from .mixture import mixture_rdp
+
         for leaf, n in mixtures:
             total = total + n * mixture_rdp(*leaf[:3], orders)
-        return float(dp_accounting.rdp.compute_epsilon(orders, total, delta)[0])
+    return orders, np.asarray(total, dtype=np.float64)
+
+
+def rdp_to_epsilon(orders: Sequence[float], rdp: NDArray[np.float64], delta: float) -> float:
+    """Epsilon at `delta` of what has these Rényi divergences at these orders."""
+    with _quiet():
+        return float(dp_accounting.rdp.compute_epsilon(orders, rdp, delta)[0])
+
+
+def _rdp_epsilon(found: Sequence[tuple[Leaf, int]], delta: float) -> float:
+    """Epsilon by Rényi differential privacy."""
+    return rdp_to_epsilon(*_rdp(found), delta)
 
 
 def _pld_epsilon(

@@ -237,6 +237,89 @@ def plan(
 
 @app.command()
 @reported
+def sweep(
+    file: Annotated[Path, typer.Argument(help="The run's TOML file.")] = Path("run.toml"),
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE,VALUE", help="Values to try, as strategy.clip=0.1,1."),
+    ] = None,
+    public: Annotated[
+        Path | None, typer.Option(help="A file of records that anybody may see, to try them on.")
+    ] = None,
+    release: Annotated[
+        Path | None, typer.Option(help="A release to try them on, instead: synthetic records.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Say what it would cost on the private records.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Tries of each setting.")] = 1,
+    score: Annotated[
+        str | None, typer.Option(metavar="accuracy|variation", help="What settings compare by.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where each try is kept as it ends.")
+    ] = None,
+    format: FormatOption = Format.TEXT,  # noqa: A002
+) -> None:
+    """Try settings on public or synthetic records: free. Ctrl-C keeps what was tried."""
+    from ..core.config import read_config
+    from .init import check_filled
+    from .stand_ins import Source
+    from .sweep import Try, parse_grid, refuse_private, said
+    from .sweep import sweep as do_sweep
+
+    check_filled(file)
+    config = read_config(file)
+    if private:
+        refuse_private(config, parse_grid(grid or []))
+    source = Source.of(public, release)
+    if score not in (None, "accuracy", "variation"):
+        raise ConfigError(f"--score is accuracy or variation, not {score!r}")
+    console = _console()
+    quiet = format is Format.JSON
+    if not quiet:
+        _say(console, f"Trying on {source.said}. This is free: nobody's privacy is spent.")
+
+    def on_try(done: int, total: int, tried: Try) -> None:
+        if not quiet:
+            _say(console, f"{done:>4}/{total}  {tried.score:.4f}  {said(tried.point)}")
+
+    kept = out or file.with_name(f"{file.stem}.sweep.jsonl")
+    found = do_sweep(
+        *(config, parse_grid(grid or []), source),
+        kept=kept,
+        num_seeds=seeds,
+        score="accuracy" if score == "accuracy" else "variation" if score else None,
+        on_try=on_try,
+    )
+    if quiet:
+        _json(found.to_json())
+        return
+    table = _table(found.score, "±", "noise", "CPU-s", *found.rows[0].point)
+    for row in found.rows:
+        values = [json.dumps(value) for value in row.point.values()]
+        facts = ["refused"] if row.refused else [f"{row.mean:.4f}"]
+        facts += [
+            "" if math.isnan(x) else f"{x:.3g}"
+            for x in (row.stddev, row.noise_multiplier, row.cpu_s)
+        ]
+        table.add_row(*map(_clean, (*facts, *values)))
+    console.print(table)
+    for row in found.rows:
+        if row.refused:
+            _say(console, f"refused: {said(row.point)}: {row.refused}", style="yellow")
+    better = "higher" if found.score == "accuracy" else "lower"
+    _say(console, f"{found.score.capitalize()}: {better} is better; the best settings come first.")
+    _say(
+        console,
+        f"Free: these tries saw {found.source}, and no private record. Settings that are best"
+        " there need not be best for the population.",
+    )
+    _say(console, f"Kept in {kept}; the same command goes on from there.")
+
+
+@app.command()
+@reported
 def run(
     file: Annotated[Path | None, typer.Argument(help="The run's TOML file.")] = None,
     resume: Annotated[

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ...core.answering import without_checkpoints
 from ...core.checkpoint import Checkpoint, State
+from ...core.electorate import Electorate
 from ...core.errors import ConfigError
 from ...core.leaf import Leaf
 from ...core.query import MAX_RECORDS, Contribution, Query, Rounds, Steps, Strategy
@@ -21,7 +22,9 @@ from .adaptive_clip import AdaptiveClip, check_settings, with_bit
 from .example_training import downhill
 from .factorization import Correlation, check_turns, series_of
 from .local_training import LocalTraining, PerUser, updates
+from .proposal import Pull
 from .server_optimizer import ServerOptimizer
+from .signal import Prospect
 from .trainable import RecordShape, Trainable
 from .unfit import refuse_unfit
 from .updates import Updates
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
 Level = Literal["user", "example"]
+_SCALE_FREE = ("fedadam", "fedyogi", "fedadagrad")  # move by their step, however long an update is
 
 
 @dataclass(frozen=True)
@@ -245,6 +249,36 @@ class Training(Strategy):
         """Each user's change of the weights."""
         shape = RecordShape.from_inputs(query.inputs)
         return self.contribution(self.model_for(shape), shape, query, shard, rng)
+
+    def pull(self, schema: Schema, noise_multiplier: float, users: Electorate) -> Pull | None:
+        """What updates pull in common, beside the noise; `None` where that is not reckoned."""
+        if self.correlation != "none":
+            return None
+        return Pull(
+            users.num_users * (self.mean_records or 1.0),
+            self.model_for(RecordShape.of(schema)).num_weights,
+            self.num_rounds,
+            float(self.sampling_prob),
+            noise_multiplier,
+        )
+
+    def check_signal(self, schema: Schema, noise_multiplier: float, users: Electorate) -> None:
+        """Refuse a run that would move the weights by noise alone.
+
+        Raises:
+          ConfigError: It would; says what to set instead.
+        """
+        pull = self.pull(schema, noise_multiplier, users)
+        if pull is not None:
+            pull.check()
+
+    def prospect(
+        self, schema: Schema, noise_multiplier: float, users: Electorate
+    ) -> Prospect | None:
+        """What to expect of the updates, and which other settings would tell more."""
+        pull = self.pull(schema, noise_multiplier, users)
+        step = self.server_lr if self.server_optimizer in _SCALE_FREE else None
+        return None if pull is None else pull.prospect("update", step=step)
 
     def updates_from(
         self,
