@@ -210,7 +210,7 @@ class Training(Strategy):
         model = self.model_for(shape)
         refuse_wide(schema, self.name, model.num_weights)
         if find_spec("torch") is not None:  # else clients refuse, before they look at a record
-            refuse_unfit(model, shape, level=self.level)
+            refuse_unfit(model, shape, level=self.level, kept_as=(type(self), repr(self)))
         if self.correlation != "none":
             return single_event(noise_multiplier, rounds=self.num_rounds)
         leaf = Leaf(noise_multiplier, float(self.sampling_prob), self.records_per_user or 1)
@@ -333,8 +333,8 @@ class Training(Strategy):
         shape.check(shard.records)
         if (query.records > 0) != (self.level == "example"):
             raise ConfigError(f"a request that is not at the level of {self.level}s")
-        refuse_unfit(model, shape, level=self.level)
         model.check_inputs(query.inputs)
+        refuse_unfit(model, shape, level=self.level, kept_as=(type(self), repr(self)))
         seed = int(rng.integers(1 << 62))
         if self.level == "example":
             return Contribution.rows(downhill(model, weights, shard, seed=seed))

@@ -35,21 +35,25 @@ _fit: set[tuple[Any, ...]] = set()
 
 
 def refuse_unfit(
-    model: Trainable, shape: RecordShape, *, level: Literal["user", "example"] = "user"
+    model: Trainable,
+    shape: RecordShape,
+    *,
+    level: Literal["user", "example"] = "user",
+    kept_as: tuple[Any, ...] | None = None,
 ) -> None:
     """Refuse a model that training by clipped sums cannot bound.
-
-    The verdict hangs on the model, the shape of records and nothing else; it is kept.
 
     Args:
       model: The model.
       shape: Of the records that it is for.
       level: `example`: it must also be one whose records' gradients Opacus can tell apart.
+      kept_as: What the model was made of, in full, under which a good verdict is kept in this
+        process; `None`: it is not kept.
 
     Raises:
       ConfigError: It is unfit; the text says why, and what to take instead.
     """
-    key = (type(model), repr(model), repr(shape), level)
+    key = None if kept_as is None else (*kept_as, shape, level)
     if key in _fit:
         return
     if isinstance(model, ModuleTrainable):
@@ -61,7 +65,7 @@ def refuse_unfit(
             _try(torch, model, shape)
         finally:
             torch.random.set_rng_state(before)
-    if type(model).__repr__ is not object.__repr__:  # an address may be another model's tomorrow
+    if key is not None:
         if len(_fit) >= _MOST_KEPT:
             _fit.clear()
         _fit.add(key)
