@@ -233,17 +233,21 @@ class Odometer:
             db.execute("DELETE FROM answers WHERE client = ? AND run = ? AND round < ?", key[:3])
         return None
 
-    def earlier(self, ask: Ask) -> dict[int, bytes]:
-        """This client's exact sums of earlier rounds of a question's series, by position."""
+    def earlier(self, ask: Ask) -> Iterator[tuple[int, bytes]]:
+        """This client's exact sums of earlier rounds of a question's series, one at a time.
+
+        Each with its position; those that the round does not echo are left out.
+        """
         if ask.query.turn is None:
-            return {}
-        first = ask.query.turn.position - len(ask.query.turn.series.coefficients) + 1
-        rows = self._store.rows(
-            "SELECT position, total FROM series WHERE client = ? AND run = ? AND series = ?"
-            " AND position BETWEEN ? AND ? AND total IS NOT NULL",
-            (self._client, ask.run, series_of(ask.query), first, ask.query.turn.position - 1),
-        )
-        return {int(position): bytes(total) for position, total in rows}
+            return
+        now, coefficients = ask.query.turn.position, ask.query.turn.series.coefficients
+        for then in range(max(0, now - len(coefficients) + 1), now):
+            if coefficients[now - then]:
+                yield from self._store.rows(
+                    "SELECT position, total FROM series WHERE client = ? AND run = ?"
+                    " AND series = ? AND position = ? AND total IS NOT NULL",
+                    (self._client, ask.run, series_of(ask.query), then),
+                )
 
     def store(self, ask: Ask, total: bytes, *, alone: bytes = b"") -> None:
         """Keep an answer, durably, before it is sent.
@@ -383,6 +387,11 @@ class Odometer:
                     *(cap.delta, epsilon),
                 ),
             )
+            db.execute(  # what an earlier run left, that was stopped in the middle of a series
+                "UPDATE series SET total = NULL WHERE client = ? AND run IN"
+                " (SELECT run FROM runs WHERE client = ? AND population = ?) AND run != ?",
+                (self._client, self._client, ask.population, ask.run),
+            )
             db.executemany(
                 "INSERT INTO sums VALUES (?, ?, ?, ?, ?, ?, ?, 0)",
                 [(self._client, ask.run, *leaf, count) for leaf, count in leaves(plan).items()],
@@ -514,6 +523,7 @@ def _terms(ask: Ask) -> dict[str, str | float]:
         "placement": ask.placement.value,
         "plan": ask.plan,
         "delta": float(ask.delta),
+        "public_seed": ask.public_seed,
     }
 
 
@@ -594,7 +604,7 @@ def _touch(path: Path) -> None:
 def _prepare(db: sqlite3.Connection, path: Path) -> None:
     """Make writes durable, and the tables unless they are there."""
     _write_ahead(db)
-    db.execute("PRAGMA secure_delete = FAST")  # overwrites what costs no further write
+    db.execute("PRAGMA secure_delete = ON")  # exact sums of a series are here for a while
     db.execute("BEGIN IMMEDIATE")
     (found,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()

@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 26  # dense rows held at a time
 REFUSED = (ConfigError, ValueError, TypeError, KeyError, IndexError)
 """What a strategy raises for a request that it can answer for nobody."""
+MAX_ECHO_BYTES = 1 << 33  # of a client's own sums, kept for a series
 _BLOCK_CELLS = 1 << 20  # cells counted at a time
 
 
@@ -139,6 +140,8 @@ def _admission(ask: Ask, site: Site) -> ClientCode | None:
         return refusal
     if ask.query.sampling_prob < 1 and unit_of(ask).max_clients > 1:
         return ClientCode.OUTSIDE_PLAN  # coins of several clients are not one coin; no price
+    if ask.query.turn is not None and _echo_bytes(ask.query) > MAX_ECHO_BYTES:
+        return ClientCode.OUTSIDE_PLAN  # more than a client keeps of its own sums
     if ask.query.records and unit_of(ask).max_records > ask.query.records:
         return ClientCode.OUTSIDE_PLAN  # a user may have more records than were priced
     choice, shared = ask.query.choice, ask.placement is NoisePlacement.DISTRIBUTED
@@ -246,8 +249,13 @@ def _echoed(alone: NDArray[np.int64], ask: Ask, site: Site) -> NDArray[np.int64]
     turn = ask.query.turn
     if turn is None:
         return alone
-    kept = site.odometer.earlier(ask).items()
-    return encoded(alone, turn, {then: _unpacked(stored, ask.query) for then, stored in kept})
+    kept = site.odometer.earlier(ask)
+    return encoded(alone, turn, ((then, _unpacked(stored, ask.query)) for then, stored in kept))
+
+
+def _echo_bytes(query: Query) -> int:
+    """What a client keeps of its own sums for a series, in bytes, roughly."""
+    return 0 if query.turn is None else 4 * query.dim * len(query.turn.series.coefficients)
 
 
 def _packed(alone: NDArray[np.int64], query: Query) -> bytes:

@@ -67,7 +67,8 @@ class CardRound:
       chooses: Candidates that were chosen in private, instead of a sum; 0: it is a sum.
       records: Most vectors that a user had in the sum, each of which joined by a coin of its own.
       rounds: Rounds of the series that it belongs to, which is charged once.
-      position: Which of those it is, from 0.
+      series: Name of that series, or "".
+      position: Which of its rounds it is, from 0.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -82,6 +83,7 @@ class CardRound:
     chooses: int = 0
     records: int = 1
     rounds: int = 1
+    series: str = ""
     position: int = 0
 
     @property

@@ -7,7 +7,7 @@ asks a choice the same bound holds for the L1 norm of the user's part in every b
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,21 +93,22 @@ def clipped_sum(
 
 
 def encoded(
-    total: NDArray[np.int64], turn: Turn, earlier: Mapping[int, NDArray[np.int64]]
+    total: NDArray[np.int64], turn: Turn, earlier: Iterable[tuple[int, NDArray[np.int64]]]
 ) -> NDArray[np.int64]:
     """A client's exact sum with the echoes of its earlier sums of the series, `(dim,)`.
 
     Args:
       total: Of this round, in whole grains, which are multiples of `ONE` steps.
       turn: Which round of which series.
-      earlier: Exact sums of earlier rounds by their position; one that is missing counts as zeros.
+      earlier: Exact sums of earlier rounds, each once with its position before it; one that is
+        missing counts as zeros.
 
     Privacy:
       Exact: over all rounds of the series one user moves what comes out as `core.series` reckons.
     """
     coefficients = turn.series.coefficients
     echoed = total // ONE * coefficients[0]
-    for position, sum_then in earlier.items():
+    for position, sum_then in earlier:
         lag = turn.position - position
         if 0 < lag < len(coefficients) and coefficients[lag]:
             echoed += sum_then // ONE * coefficients[lag]

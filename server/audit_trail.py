@@ -139,7 +139,8 @@ def _turn(where: str, entry: Entry, before: Iterable[Mapping[str, Any]]) -> Iter
     earlier = [data for data in before if data.get("series") == entry.data["series"]]
     if [data["position"] for data in earlier] != list(range(place)) or place >= length:
         yield f"{where} is not the next round of its series"
-    if any(data["noise_multiplier"] != entry.data["noise_multiplier"] for data in earlier):
+    alike = ("noise_multiplier", "rounds", "sensitivity")
+    if any(data.get(key) != entry.data.get(key) for data in earlier for key in alike):
         yield f"{where} changes the noise of its series"
 
 

@@ -69,10 +69,13 @@ class Checkpoints:
         facts = json.dumps(self._facts(self._done + rounds) | {"rng": _state_of(self._rng)})
         tensors = {name: np.array(array, order="C") for name, array in checkpoint.state().items()}
         partial = self._path.with_name(f"{CHECKPOINT}.partial")
-        partial.write_bytes(_packed(tensors, facts))
-        sync(partial)
-        partial.replace(self._path)
-        sync(self._path.parent)
+        try:
+            partial.write_bytes(_packed(tensors, facts))
+            sync(partial)
+            partial.replace(self._path)
+            sync(self._path.parent)
+        except OSError as error:
+            _log.warning("no checkpoint could be kept: %s; the run goes on", error.strerror)
         self._kept_at = time.monotonic()
 
     def _newest(self) -> State | None:

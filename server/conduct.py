@@ -105,6 +105,8 @@ def conduct(
     federation.check(config.noise.placement)
     if trusts_server(plan.strategy):
         federation.check_choice(config.noise.placement)
+    if any(leaf.rounds > 1 for leaf in accounting.leaves(plan.event)):
+        federation.check_series(config.noise.placement)
     folder = start(plan)
     progress = _Progress(plan, on_event, folder / "progress.jsonl")
     try:

@@ -137,6 +137,22 @@ class Federation:
                 f" {self.aggregator.name!r} does not form; nothing was asked. Use 'sum'"
             )
 
+    def check_series(self, placement: NoisePlacement) -> None:
+        """Refuse correlated noise on what an aggregator makes of the sums.
+
+        A series is priced by what one user moves over all of its rounds together. An aggregator
+        bounds only what one clip moves in one round, and may move as much for the least echo.
+
+        Raises:
+          ConfigError: The server adds the noise to something else than the clients' sum.
+        """
+        if placement is NoisePlacement.CENTRAL and self.aggregator.name != Sum.name:
+            raise ConfigError(
+                "correlated noise is priced for clients' exact sum, which aggregator"
+                f" {self.aggregator.name!r} does not form; nothing was asked. Use 'sum', 'local'"
+                " noise, or a strategy or setting without correlated noise"
+            )
+
     def ask(self, ask: Ask) -> Collected:
         """The combined integer sum of one query.
 
@@ -199,7 +215,7 @@ def _accepted(
     sums: dict[int, NDArray[np.int64]] = {}
     sites: set[str] = set()
     codes: Counter[str] = Counter()
-    most = int(np.iinfo(ask.query.reply_dtype).max) * ask.query.grain
+    most = int(np.iinfo(ask.query.reply_dtype).max) * ask.query.reply_grain
     for message in replies:
         node = message.metadata.src_node_id
         if node not in nodes or node in sums:

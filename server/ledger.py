@@ -87,7 +87,8 @@ class RoundState:
       sensitivity: As reserved; `None` where it was not stated.
       reason: Why it is void; empty otherwise.
       leaf: What was reserved, or the series that it belongs to.
-      goes_on: It is a later round of a series, and so charged already.
+      series: Name of the series that it belongs to, or "".
+      position: Which of its rounds it is; from 1 on charged already, with the first.
     """
 
     round: int
@@ -99,7 +100,13 @@ class RoundState:
     sensitivity: float | None
     reason: str
     leaf: Leaf
-    goes_on: bool
+    series: str
+    position: int
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is a later round of a series, and so charged already."""
+        return self.position > 0
 
 
 @dataclass(frozen=True)
@@ -775,7 +782,8 @@ def _state_of(entries: list[Entry]) -> RoundState:
         first.get("sensitivity"),
         last.data.get("reason", ""),
         leaf_of(entries[0]),
-        bool(first.get("position", 0)),
+        first.get("series", ""),
+        first.get("position", 0),
     )
 
 

@@ -76,6 +76,8 @@ def learn(
         number += 1
         if query.choice is not None and query.choice.where == "server":
             federation.check_choice(draft.placement)
+        if query.turn is not None:
+            federation.check_series(draft.placement)
         sensitivity = _sensitivity(query, draft.placement, federation, max_clients)
         state = ledger.state(draft.run, number)
         _check_same_question(query, number, state)
@@ -123,7 +125,9 @@ def _sensitivity(
 
 def _check_same_question(query: Query, number: int, state: RoundState | None) -> None:
     """A resumed strategy must ask what was reserved, or its replay is not the run it was."""
-    if state is not None and (query.name, query.leaf) != (state.query, state.leaf):
+    position = 0 if query.turn is None else query.turn.position
+    asked = (query.name, query.leaf, series_of(query), position)
+    if state is not None and asked != (state.query, state.leaf, state.series, state.position):
         raise SecurityRefusal(
             f"round {number} was reserved for query {state.query!r}, but the resumed strategy asks"
             f" {query.name!r} or with another noise; nothing was asked. Resume with the versions"

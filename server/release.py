@@ -554,6 +554,14 @@ def _check_epsilon(release: Release) -> str:
     card, transcript = release.card, release.transcript
     plan = accounting.from_json(transcript.committed["plan"])
     planned = accounting.epsilon_of(plan, card.delta)
+    for number, asked in enumerate(transcript.rounds):
+        before = [
+            r for r in transcript.rounds[:number] if asked.series and r.series == asked.series
+        ]
+        if [r.position for r in before] != list(range(asked.position)) or any(
+            r.leaf != asked.leaf for r in before
+        ):
+            raise SecurityRefusal(f"{ENTRIES} holds a round that goes on with no series")
     charged = Counter(r.leaf for r in transcript.rounds if not r.position)
     if charged - accounting.leaves(plan):
         raise SecurityRefusal(f"{ENTRIES} holds sums that the committed plan did not hold")

@@ -23,7 +23,7 @@ from ..core.errors import SecurityRefusal
 from ..core.mechanism import Lattice
 from ..core.query import NoisySum, Query, Rounds
 from ..core.synthesizer import Synthesizer
-from ..core.wire import canonical
+from ..core.wire import canonical, series_of
 from .chain import Entry
 
 ENTRIES, NOISY_SUMS = "transcript.jsonl", "transcript.safetensors"
@@ -205,6 +205,7 @@ def rounds_of(entries: Sequence[Entry]) -> tuple[CardRound, ...]:
                 first.get("chooses", 0),
                 first.get("records", 1),
                 first.get("rounds", 1),
+                first.get("series", ""),
                 first.get("position", 0),
             )
         )
@@ -232,12 +233,13 @@ def _check_charge(query: Query, charge: Entry) -> None:
     charged = (
         *(data["query"], data["noise_multiplier"], data["sampling_prob"]),
         data.get("chooses", 0),
-        *(data.get("records", 1), data.get("rounds", 1), data.get("position", 0)),
+        *(data.get("records", 1), data.get("rounds", 1)),
+        *(data.get("series", ""), data.get("position", 0)),
     )
     chooses = 0 if query.choice is None else query.choice.count
     noise, prob, records, rounds = query.leaf
     position = 0 if query.turn is None else query.turn.position
-    asked = (query.name, noise, prob, chooses, records, rounds, position)
+    asked = (query.name, noise, prob, chooses, records, rounds, series_of(query), position)
     if charged != asked:
         raise SecurityRefusal(
             f"round {charge.round} was charged as {charged}, but the method asks {asked}"

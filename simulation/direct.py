@@ -187,7 +187,7 @@ def _echoed(
         return alone
     if query.turn.position == 0:
         kept.clear()
-    told = mechanism.encoded(alone, query.turn, kept)
+    told = mechanism.encoded(alone, query.turn, kept.items())
     kept[query.turn.position] = alone
     kept.pop(query.turn.position - len(query.turn.series.coefficients) + 1, None)
     return told

@@ -155,6 +155,12 @@ class Discovered(Strategy):
         """What the inner strategy expects, on a schema such as might be found."""
         return prospect_of(self.inner, *self._likely(schema, noise_multiplier), users)
 
+    @property
+    def records_per_user(self) -> int | None:
+        """As the inner strategy's."""
+        found = getattr(self.inner, "records_per_user", None)
+        return None if found is None else int(found)
+
     def workload(self, schema: Schema) -> Workload | None:
         """What the inner strategy asks of a public model, on a schema such as might be found."""
         likely = _made_up(schema, _TYPICAL) if schema.is_open else schema

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..core.checkpoint import State
 from ..core.errors import ConfigError
+from ..core.leaf import Leaf
 from ..core.query import Contribution, NoisySum, Query, Steps
 from ..core.records import BoundedShard
 from ..core.schema import Schema
@@ -103,7 +104,7 @@ class DpDiffusion(Training):
 
     def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
         """One sum for the moments and `num_rounds` for updates, by their shares."""
-        from ..core.accounting import Leaf, event_of
+        from ..core.accounting import event_of
 
         self._optimizer().build(seed=0)
         codec, label = self._codec(schema)

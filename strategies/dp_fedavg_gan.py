@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.answering import without_checkpoints
 from ..core.checkpoint import Checkpoint, State
 from ..core.errors import ConfigError
-from ..core.query import Contribution, NoisySum, Query, Steps, Strategy
+from ..core.query import Contribution, NoisySum, Query, Rounds, Steps, Strategy
 from ..core.records import BoundedShard
 from ..core.schema import Schema
 from .parts.adaptive_clip import AdaptiveClip, check_settings, with_bit
@@ -139,8 +140,23 @@ class DpFedAvgGan(Strategy):
         rounds = event_of({(each, float(self.sampling_prob)): self.num_rounds})
         return rounds if label < 0 else compose([single_event(first), rounds])
 
-    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Steps:
+    def rounds(self, schema: Schema, noise_multiplier: float, rng: np.random.Generator) -> Rounds:
         """Measure labels; then play a round with each noisy sum of updates."""
+        return without_checkpoints(self.rounds_from(schema, noise_multiplier, rng, None))
+
+    def rounds_from(
+        self,
+        schema: Schema,
+        noise_multiplier: float,
+        rng: np.random.Generator,
+        state: State | None,
+    ) -> Steps:
+        """`rounds` from the state of a checkpoint on; `None`: from the beginning."""
+        if state is not None:
+            known = np.asarray(state["duel.probs"], dtype=np.float64)
+            game = _Game(self, schema, noise_multiplier, known, np.random.default_rng(0))
+            game.restore(state, rng)
+            return (yield from game.played())
         _, label = self._critic_for(schema)
         first, _ = self._split(noise_multiplier, label)
         probs = np.ones(1)
@@ -149,15 +165,6 @@ class DpFedAvgGan(Strategy):
             noisy = yield histogram.query(_LABELS, noise_multiplier=first, max_norm=1.0)
             probs = _label_probs(histogram, noisy, schema.shape[label])
         game = _Game(self, schema, noise_multiplier, probs, rng)
-        return (yield from game.played())
-
-    def rounds_from(
-        self, schema: Schema, noise_multiplier: float, rng: np.random.Generator, state: State
-    ) -> Steps:
-        """As `rounds`, from a checkpoint on."""
-        probs = np.asarray(state["duel.probs"], dtype=np.float64)
-        game = _Game(self, schema, noise_multiplier, probs, np.random.default_rng(0))
-        game.restore(state, rng)
         return (yield from game.played())
 
     def answer(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:

@@ -295,7 +295,8 @@ def directions_of(
     seen = np.concatenate([hidden, np.ones((_SIMULATED, 1))], axis=1)
     values, vectors = np.linalg.eigh(seen.T @ seen / _SIMULATED)
     kept = slice(None, -rank - 1, -1)
-    return (vectors[:, kept] / np.sqrt(np.maximum(values[kept], 0) + _DAMPING)).astype(np.float32)
+    scaled = vectors[:, kept] / np.sqrt(np.maximum(values[kept], 0) + _DAMPING)
+    return np.asarray(scaled, dtype=np.float32)
 
 
 def _silu(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -73,7 +73,8 @@ class Diffusion(Synthesizer):
         sorted_labels = labels[order]
         levels = _levels(self.num_steps)
         size = (len(labels), self.means.shape[1])
-        now = rng.standard_normal(size, dtype=np.float32) * np.float32((1 + levels[0] ** 2) ** 0.5)
+        widest = np.float32((1 + levels[0] ** 2) ** 0.5)
+        now: NDArray[np.float32] = rng.standard_normal(size, dtype=np.float32) * widest
         for level, lower in pairwise(levels):
             slope = self._slope(now, level, sorted_labels)
             ahead = now + np.float32(lower - level) * slope
@@ -102,7 +103,11 @@ class Diffusion(Synthesizer):
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Moments of the classes and all weights."""
-        kept = {"shares": self.shares, "means": self.means, "roots": self.roots}
+        kept: dict[str, NDArray[Any]] = {
+            "shares": self.shares,
+            "means": self.means,
+            "roots": self.roots,
+        }
         return kept | {f"denoiser.{name}": part for name, part in self.weights.items()}
 
     @classmethod

@@ -76,9 +76,15 @@ def updates(
     beside = training.per_user == "vmap" or (training.per_user == "auto" and model.side_by_side)
     with one_thread(torch):
         chance = chances(torch, device, model, shard, training, seed=seed)
-        task = (torch, device, model, weights, shard, training, seed, chance, rows)
-        if not (beside and side_by_side(*task)):
-            _loop(*task)
+        task = (torch, device, model, weights)
+        if not beside:
+            _loop(*task, shard, training, seed, chance, rows)
+            return rows
+        alone = ~side_by_side(*task, shard, training, seed, chance, rows)
+        if alone.any():
+            left = np.zeros((int(alone.sum()), model.num_weights), dtype=np.float32)
+            _loop(*task, shard.only(alone), training, seed, chance, left)
+            rows[alone] = left
     return rows
 
 

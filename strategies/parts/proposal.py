@@ -168,7 +168,7 @@ class Pull:
 def _rounded_down(number: float) -> int:
     """A number of two digits, not above `number`."""
     unit = 10 ** max(0, math.floor(math.log10(max(1.0, number))) - 1)
-    return int(number // unit) * unit
+    return int(number // unit * unit)
 
 
 def _rounded_up(prob: float) -> float:

@@ -40,20 +40,23 @@ def side_by_side(
     seed: int,
     chance: list[tuple[Any, ...]],
     rows: NDArray[np.float32],
-) -> bool:
-    """Fill `rows` by users' updates, if that can be done to the bit; whether it was."""
+) -> NDArray[np.bool_]:
+    """Fill `rows` of the users with whom that can be done to the bit; who they are.
+
+    Whether it can be done with a user hangs on how many records that user has, and on nobody else.
+    """
     from .local_training import places
 
     starts = shard.starts
     counts = np.diff(starts)
     padded = np.array([_padded(int(count), training.batch) for count in counts])
     steps = _Steps(torch, model, weights, training.lr, device)
-    sizes = {}
+    sizes, done = {}, np.zeros(len(counts), dtype=np.bool_)
     given = model.read(torch, shard.records.take(slice(0, 1)))  # of what types and shapes
     for size in np.unique(padded):
-        sizes[int(size)] = _sizes(steps, given, chance, int(size))
-        if not sizes[int(size)]:
-            return False
+        if allowed := _sizes(steps, given, chance, int(size)):
+            sizes[int(size)] = allowed
+            done |= padded == size
 
     @lru_cache(maxsize=256)
     def taken_by(num_records: int) -> list[NDArray[np.int64]]:
@@ -93,7 +96,7 @@ def side_by_side(
                 flat = part[: len(some)].reshape(len(some), width).cpu().numpy()
                 rows[some, start : start + width] = flat
                 start += width
-    return True
+    return done
 
 
 def _padded(num_records: int, batch: int | None) -> int:

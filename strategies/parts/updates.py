@@ -25,12 +25,6 @@ class Optimizer(Protocol):
     ) -> NDArray[np.float64]:
         """The weights after one mean update, both `(num_weights,)`."""
 
-    def state(self) -> dict[str, NDArray[Any]] | None:
-        """What goes into a checkpoint; `None`: only a replay gives it."""
-
-    def restore(self, state: State) -> None:
-        """Go on where `state` was taken."""
-
 
 class Updates:
     """Weights on their way from round to round.
@@ -117,7 +111,8 @@ class Updates:
     @property
     def can_be_kept(self) -> bool:
         """Whether `state` is all that it takes to go on; not with an optimizer of a user's own."""
-        return self._optimizer.state() is not None
+        state = getattr(self._optimizer, "state", None)
+        return state is not None and state() is not None
 
     def state(self) -> dict[str, NDArray[Any]]:
         """What goes into a checkpoint; made of noisy sums and public numbers alone."""

@@ -695,7 +695,7 @@ def test_sums_are_kept_for_as_many_rounds_as_they_echo_and_no_longer(in_turn: Od
     for position in range(8):
         ask = in_series(position)
         in_turn.reserve(ask)
-        kept.append(in_turn.earlier(ask))
+        kept.append(dict(in_turn.earlier(ask)))
         in_turn.store(ask, b"told %d" % position, alone=b"own %d" % position)
 
     assert kept[0] == {}
@@ -738,3 +738,21 @@ def test_an_odometer_of_the_first_version_is_read_on_and_forgets_nothing(path: P
     assert again.spent("cardio", delta=DELTA) == before
     assert [again.reserve(ask_of(round)) for round in (2, 3)] == [None, None]  # noqa: A001
     assert again.reserve(ask_of(4)) is ClientCode.OUTSIDE_PLAN
+
+
+def test_a_server_cannot_move_users_turns_by_another_seed(in_turn: Odometer):
+    in_turn.reserve(in_series(0))
+
+    assert in_turn.join(replace(in_series(1), public_seed=1), cap=CAP) is ClientCode.CONFLICT
+
+
+def test_what_a_stopped_run_kept_for_its_echoes_goes_when_the_next_is_joined(in_turn: Odometer):
+    in_turn.reserve(in_series(0))
+    in_turn.store(in_series(0), b"told", alone=b"own sum of the first round")
+    wide = Budget(10.0, DELTA)
+
+    assert in_turn.join(replace(in_series(0), run="run-2"), cap=wide) is None
+
+    assert list(in_turn.earlier(in_series(1))) == []
+    del in_turn._kept
+    assert b"own sum" not in in_turn._path.read_bytes()

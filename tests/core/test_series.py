@@ -26,7 +26,7 @@ def sums_of(series: Series, vectors: dict[int, np.ndarray]) -> list[np.ndarray]:
         query = query_at(series, position)
         rows = np.array([vectors[position]]) if position in vectors else np.zeros((0, query.dim))
         kept[position] = clipped_sum(Contribution.rows(rows), query)
-        told.append(encoded(kept[position], Turn(series, position), kept))
+        told.append(encoded(kept[position], Turn(series, position), kept.items()))
     return told
 
 
@@ -69,7 +69,7 @@ def test_taking_the_echoes_off_again_gives_each_rounds_own_sum_exactly():
 def test_an_earlier_sum_that_is_missing_counts_as_zeros():
     now = np.array([ONE * 5, 0])
 
-    told = encoded(now, Turn(BANDED, 2), {0: np.array([ONE * 7, ONE])})
+    told = encoded(now, Turn(BANDED, 2), [(0, np.array([ONE * 7, ONE]))])
 
     assert told.tolist() == [5 * 1900 + 7 * 650, 650]
 

@@ -231,7 +231,7 @@ def test_impossible_settings_are_refused(settings):
 
 def test_a_run_goes_on_from_a_checkpoint_to_the_same_network():
     schema, state, later = small_images(), None, None
-    rounds = SHORT.rounds(schema, 1.0, rng := np.random.default_rng(0))
+    rounds = SHORT.rounds_from(schema, 1.0, rng := np.random.default_rng(0), None)
     sent, number = None, 0
     while True:
         try:
