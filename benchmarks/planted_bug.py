@@ -40,10 +40,10 @@ LEVEL = f"epsilon={EPSILON:g}"
 DELTA = 1e-4
 MOST_RECORDS = 150  # of a writer
 NUM_SAMPLED = 1_000
-BRIGHT = 0.8  # of the range; noise alone leaves edges gray
+BRIGHT = 0.7  # of the range; noise alone leaves edges gray
 ALARM = 0.1  # share of bright images
 SHARE = "share with bright edges"
-SETTINGS: dict[str, Any] = {"num_rounds": 40, "steps_per_round": 60}
+SETTINGS: dict[str, Any] = {"num_rounds": 40, "steps_per_round": 80, "num_critic": 24}
 QUICK: dict[str, Any] = {"num_rounds": 12, "sampling_prob": 0.4, "steps_per_round": 60}
 QUICK_RECORDS = 5  # of a made-up user
 

@@ -150,7 +150,8 @@ class ImageCritic(Trainable):
         if self.fakes is None:
             raise ConfigError("a critic without synthetic images to compare records with")
         images, labels = seen
-        given = torch.from_numpy(self.fakes.reshape(-1, self.num_seen)).to(images) - 0.5
+        sent = np.array(self.fakes).reshape(-1, self.num_seen)  # what came by wire is read-only
+        given = torch.from_numpy(sent).to(images) - 0.5
         every = torch.arange(self.num_labels, device=images.device).repeat(len(self.fakes))
         fakes = _scores(torch, weights, given, every).reshape(-1, self.num_labels).mean(0)
         return fakes[labels] - _scores(torch, weights, images, labels)
