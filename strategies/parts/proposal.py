@@ -12,7 +12,7 @@ from typing import Self
 from ...core.errors import ConfigError
 from .signal import USABLE, Prospect
 
-COMMON = 0.4  # of a clipped update, what users have in common: benchmarks/sensitivity.py
+COMMON = 0.4  # of a clip that clips most, what users have in common: benchmarks/sensitivity.py
 HOPELESS = 1.0  # a run's pull beside its noise, if all users' updates were the same
 _ENOUGH = 0.9  # of what everybody in every round would pull, to be had with a smaller cohort
 _WORTH = 1.25  # times as much that another cohort must pull to be proposed
@@ -167,7 +167,7 @@ class Pull:
 
 def _rounded_down(number: float) -> int:
     """A number of two digits, not above `number`."""
-    unit = 10 ** max(0, math.floor(math.log10(max(1.0, number))) - 1)
+    unit = int(10 ** max(0, math.floor(math.log10(max(1.0, number))) - 1))
     return int(number // unit) * unit
 
 
