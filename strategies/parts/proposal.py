@@ -84,7 +84,9 @@ class Pull:
         )
         return replace(self, sampling_prob=sampling_prob, noise_multiplier=noise)
 
-    def prospect(self, query: str, *, step: float | None = None) -> Prospect:
+    def prospect(
+        self, query: str, *, step: float | None = None, clip: float | None = None
+    ) -> Prospect:
         """What to expect, and what would be better.
 
         Args:
@@ -104,6 +106,11 @@ class Pull:
             told.append(f"a model of at most {_rounded_down(weights):,} weights would be heard")
         if step is not None:
             told += self._steps(step)
+        if step is not None and clip is not None:
+            told.append(
+                f"clip = {clip:g} should be shorter than most updates, whose length no public fact"
+                " tells: with this optimizer too short a clip costs little, too long a one much"
+            )
         return Prospect(query, expect, self.of_run, "; ".join(told))
 
     def check(self) -> None:
