@@ -93,6 +93,7 @@ class Pull:
           query: Name of the question.
           step: The server's step, if its optimizer moves each weight by about that much whatever
             the length of an update; `None`: it does not.
+          clip: The clip, if it is fixed; `None`: it follows the updates.
         """
         joined = self.sampling_prob * self.num_users
         expect = (
