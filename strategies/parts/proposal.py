@@ -12,7 +12,7 @@ from typing import Self
 from ...core.errors import ConfigError
 from .signal import USABLE, Prospect
 
-COMMON = 0.4  # of a clipped update, what users have in common: benchmarks/sensitivity.py
+COMMON = 0.4  # of a clip that clips most, what users have in common: benchmarks/sensitivity.py
 HOPELESS = 1.0  # a run's pull beside its noise, if all users' updates were the same
 _ENOUGH = 0.9  # of what everybody in every round would pull, to be had with a smaller cohort
 _WORTH = 1.25  # times as much that another cohort must pull to be proposed
@@ -84,13 +84,16 @@ class Pull:
         )
         return replace(self, sampling_prob=sampling_prob, noise_multiplier=noise)
 
-    def prospect(self, query: str, *, step: float | None = None) -> Prospect:
+    def prospect(
+        self, query: str, *, step: float | None = None, clip: float | None = None
+    ) -> Prospect:
         """What to expect, and what would be better.
 
         Args:
           query: Name of the question.
           step: The server's step, if its optimizer moves each weight by about that much whatever
             the length of an update; `None`: it does not.
+          clip: The clip, if it is fixed; `None`: it follows the updates.
         """
         joined = self.sampling_prob * self.num_users
         expect = (
@@ -104,6 +107,11 @@ class Pull:
             told.append(f"a model of at most {_rounded_down(weights):,} weights would be heard")
         if step is not None:
             told += self._steps(step)
+        if step is not None and clip is not None:
+            told.append(
+                f"clip = {clip:g} should be shorter than most updates, whose length no public fact"
+                " tells: with this optimizer too short a clip costs little, too long a one much"
+            )
         return Prospect(query, expect, self.of_run, "; ".join(told))
 
     def check(self) -> None:
@@ -167,8 +175,8 @@ class Pull:
 
 def _rounded_down(number: float) -> int:
     """A number of two digits, not above `number`."""
-    unit = 10 ** max(0, math.floor(math.log10(max(1.0, number))) - 1)
-    return int(number // unit * unit)
+    unit = int(10 ** max(0, math.floor(math.log10(max(1.0, number))) - 1))
+    return int(number // unit) * unit
 
 
 def _rounded_up(prob: float) -> float:

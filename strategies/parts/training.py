@@ -278,7 +278,8 @@ class Training(Strategy):
         """What to expect of the updates, and which other settings would tell more."""
         pull = self.pull(schema, noise_multiplier, users)
         step = self.server_lr if self.server_optimizer in _SCALE_FREE else None
-        return None if pull is None else pull.prospect("update", step=step)
+        clip = self.clip if self.clip_quantile is None else None
+        return None if pull is None else pull.prospect("update", step=step, clip=clip)
 
     def updates_from(
         self,

@@ -87,6 +87,24 @@ def test_a_step_that_does_not_fit_the_rounds_is_told_of_another(step, told):
     assert ("server_lr" in proposal) == told
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"), [({}, True), ({"clip_quantile": 0.5}, False)], ids=["fixed", "follows"]
+)
+def test_a_fixed_clip_is_told_to_be_short(settings, told):
+    strategy = DpFedAvg(num_users=1438, **settings)
+
+    seen = strategy.prospect(DIGITS, 2.0, Electorate(1438))
+
+    assert ("shorter than most updates" in seen.proposal) == told
+
+
+def test_where_noise_is_correlated_nothing_is_foretold():
+    strategy = DpFedAvg(num_users=50, sampling_prob=1.0, correlation="banded")
+
+    assert strategy.prospect(DIGITS, 2.0, Electorate(50)) is None
+    strategy.check_signal(DIGITS, 2.0, Electorate(50))
+
+
 def test_a_run_that_noise_alone_would_move_is_refused_and_says_what_would_do():
     pull = Pull(100, 22_362, 100, 0.2, 2.0)
 
