@@ -314,7 +314,7 @@ class _Linear:
 def _passing(torch: Any) -> Any:
     """The product as a function that autograd knows."""
 
-    class Product(torch.autograd.Function):  # type: ignore[misc,name-defined]
+    class Product(torch.autograd.Function):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, x: Any, linear: _Linear) -> Any:
             ctx.linear = linear
@@ -330,7 +330,7 @@ def _passing(torch: Any) -> Any:
 def _surprise(torch: Any, states: Any, output: _Linear) -> Callable[[Any], tuple[Any, Any]]:
     """Surprise at tokens after states; scores of the whole vocabulary are made once."""
 
-    class Surprise(torch.autograd.Function):  # type: ignore[misc,name-defined]
+    class Surprise(torch.autograd.Function):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, states: Any, tokens: Any) -> Any:
             probs = output._ahead(states).softmax(-1)

@@ -441,7 +441,7 @@ class _Trial:
         if query.turn is not None:
             known = self._echoes.setdefault((query.name, query.turn.series), {})
             known[query.turn.position] = total
-            total = encoded(total, query.turn, known)
+            total = encoded(total, query.turn, known.items())
         total = noised(total, stddev=stddev, lattice=lattice, stream=stream)
         return real_sum(total, stddev=stddev, lattice=lattice, num_clients=1)
 

@@ -174,7 +174,7 @@ class DpDiffusion(Training):
             self.start,
             self.num_sampling_steps,
             moments.shares,
-            told["means"].astype(np.float32) / 256,
+            (told["means"] / 256).astype(np.float32),
             told["roots"],
             model.whole(weights),
         )

@@ -74,7 +74,7 @@ class Diffusion(Synthesizer):
         levels = _levels(self.num_steps)
         size = (len(labels), self.means.shape[1])
         widest = np.float32((1 + levels[0] ** 2) ** 0.5)
-        now: NDArray[np.float32] = rng.standard_normal(size, dtype=np.float32) * widest
+        now: NDArray[Any] = rng.standard_normal(size, dtype=np.float32) * widest
         for level, lower in pairwise(levels):
             slope = self._slope(now, level, sorted_labels)
             ahead = now + np.float32(lower - level) * slope

@@ -148,7 +148,7 @@ class TunedLanguage(Trainable):
 
     def read(self, torch: Any, records: Records) -> tuple[Any, ...]:
         """Tokens of each text, padded by -1, and its control code."""
-        texts = () if records.texts is None else records.texts
+        texts = () if records.texts is None else tuple(records.texts)
         rows = np.full((len(records), self.max_tokens), -1, dtype=np.int64)
         for row, tokens in zip(rows, tokens_of(self.base, texts, self.max_tokens), strict=True):
             row[: len(tokens)] = tokens
