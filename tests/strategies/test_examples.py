@@ -203,7 +203,7 @@ def test_an_installed_strategys_release_is_opened_again(installed, tmp_path, mon
 def own_model(monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.syspath_prepend(str(EXAMPLES / "own_model"))
-    settings = {"num_users": 2000, "sampling_prob": 0.3, "clip": 0.5, "server_lr": 0.1}
+    settings = {"num_users": 2000, "sampling_prob": 0.3, "clip": 0.5, "server_lr": 0.2}
     return lambda **more: build_strategy("own_model:OwnModel", {**settings, **more})
 
 
@@ -212,7 +212,7 @@ def own_model(monkeypatch):
 )
 def test_the_example_model_learns_what_its_prior_does_not_know(own_model, level):
     shard = BoundedShard(records(2000), np.arange(2000), 2000, 1)
-    strategy = own_model(num_rounds=40, **level)
+    strategy = own_model(num_rounds=20, **level)
 
     synthesizer = direct_run(strategy, SCHEMA, shard, 1.0, rng=np.random.default_rng(0))
 
