@@ -141,7 +141,7 @@ class ImageCritic(Trainable):
         squares = images.reshape(len(images), height, self.pool, width, self.pool, channels)
         # whole numbers: no rounding, so no dependence on the block
         totals = squares.sum(axis=(2, 4), dtype=np.int64).reshape(len(images), self.num_seen)
-        return (totals / (255.0 * self.pool**2)).astype(np.float32)
+        return np.asarray(totals / (255.0 * self.pool**2), dtype=np.float32)
 
     def losses(
         self, torch: Any, weights: Mapping[str, Any], seen: tuple[Any, ...], chance: tuple[Any, ...]
