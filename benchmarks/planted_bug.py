@@ -43,7 +43,13 @@ NUM_SAMPLED = 1_000
 BRIGHT = 0.7  # of the range; noise alone leaves edges gray
 ALARM = 0.1  # share of bright images
 SHARE = "share with bright edges"
-SETTINGS: dict[str, Any] = {"num_rounds": 40, "steps_per_round": 80, "num_critic": 24}
+SETTINGS: dict[str, Any] = {
+    "num_rounds": 40,
+    "steps_per_round": 50,
+    "num_critic": 24,
+    "clip": 3.0,
+    "network_lr": 0.004,
+}
 QUICK: dict[str, Any] = {"num_rounds": 12, "sampling_prob": 0.4, "steps_per_round": 60}
 QUICK_RECORDS = 5  # of a made-up user
 
