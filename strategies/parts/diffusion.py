@@ -76,8 +76,8 @@ class Diffusion(Synthesizer):
         widest = np.float32((1 + levels[0] ** 2) ** 0.5)
         now: NDArray[Any] = rng.standard_normal(size, dtype=np.float32) * widest
         for level, lower in pairwise(levels):
-            slope = self._slope(now, level, sorted_labels)
-            ahead = now + np.float32(lower - level) * slope
+            slope: NDArray[Any] = self._slope(now, level, sorted_labels)
+            ahead: NDArray[Any] = now + np.float32(lower - level) * slope
             if lower > 0:
                 slope = (slope + self._slope(ahead, lower, sorted_labels)) / 2
                 ahead = now + np.float32(lower - level) * slope
