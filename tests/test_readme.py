@@ -153,7 +153,7 @@ def test_the_policy_that_is_shown_lacks_nothing(tmp_path: Path):
 def test_the_node_configuration_that_is_shown_names_all_paths():
     (node,) = (b for b in blocks(DEPLOYMENT, "toml") if "state =" in b)
 
-    assert set(tomllib.loads(node)) == {"client", "shard", "schema", "policy", "state"}
+    assert set(tomllib.loads(node)) == {"client", "shard", "schema", "policy", "state", "device"}
 
 
 def test_the_table_of_codes_is_what_clients_say():

@@ -8,6 +8,7 @@ at every place, whoever stands beside it, and that of plain differentiation near
 not hold, records are taken as users of one record each (`parts/local_training.py`).
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,9 @@ class _ByOpacus:
         """The gradient of each of `BATCH` records, `(BATCH, num_weights)`."""
         for part in self._hooked.parameters():
             part.grad, part.grad_sample = None, None
-        self._hooked(*seen, *self._chance).sum().backward()
+        with warnings.catch_warnings():  # torch says that records need no gradients, which is so
+            warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+            self._hooked(*seen, *self._chance).sum().backward()
         parts = [
             self._torch.zeros((BATCH, part.numel()))
             if part.grad_sample is None

@@ -170,7 +170,7 @@ def test_sampling_is_priced_by_coins_and_only_in_the_rounds(kind):
 
     found = accounting.leaves(strategy.event(small_table(), 2.0))
 
-    assert {(round(n, 9), q): c for (n, q), c in found.items()} == {
+    assert {(round(n, 9), q): c for (n, q, *_), c in found.items()} == {
         (round(first, 9), 1.0): 1,
         (round(each, 9), 0.5): 5,
     }

@@ -97,7 +97,7 @@ def told_of(strategy, noise, records) -> float:
 def check_user(strategy, noise, records) -> None:
     """A run tells no more of a user than its event was charged for."""
     charged = accounting.leaves(strategy.event(LABELLED, noise))
-    most = sum(count / z**2 for (z, _), count in charged.items()) ** 0.5
+    most = sum(count / z**2 for (z, *_), count in charged.items()) ** 0.5
 
     told = told_of(strategy, noise, records)
 
