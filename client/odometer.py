@@ -37,7 +37,16 @@ _MAX_PLAN_ENTRIES = 4096  # kinds of sums in one plan
 _MAX_SAMPLED_KINDS = 128  # pricing takes a fifth of a second for each, and others wait
 _MAX_KINDS_OVER_RECORDS = 4  # of those, over several records of a user: up to five seconds each
 _MAX_ANSWER = 999_000_000  # bytes; SQLite holds a thousand million in a row
-_TABLES = """
+_SUMS = """
+CREATE TABLE sums (
+  client TEXT, run TEXT, noise_multiplier REAL, sampling_prob REAL, records INTEGER, rounds INTEGER,
+  planned INTEGER NOT NULL, reserved INTEGER NOT NULL CHECK (reserved <= planned),
+  PRIMARY KEY (client, run, noise_multiplier, sampling_prob, records, rounds)) WITHOUT ROWID;"""
+_SERIES = """
+CREATE TABLE series (
+  client TEXT, run TEXT, series TEXT, position INTEGER, total BLOB,
+  PRIMARY KEY (client, run, series, position));"""
+_TABLES = f"""
 CREATE TABLE names (client TEXT PRIMARY KEY, name TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE heads (
   client TEXT, server TEXT, number INTEGER NOT NULL, hash TEXT NOT NULL,
@@ -46,10 +55,7 @@ CREATE TABLE runs (
   client TEXT, population TEXT, run TEXT, commitment TEXT NOT NULL, digest TEXT NOT NULL,
   delta REAL NOT NULL, epsilon REAL NOT NULL,
   PRIMARY KEY (client, population, run)) WITHOUT ROWID;
-CREATE TABLE sums (
-  client TEXT, run TEXT, noise_multiplier REAL, sampling_prob REAL, records INTEGER, rounds INTEGER,
-  planned INTEGER NOT NULL, reserved INTEGER NOT NULL CHECK (reserved <= planned),
-  PRIMARY KEY (client, run, noise_multiplier, sampling_prob, records, rounds)) WITHOUT ROWID;
+{_SUMS}
 CREATE TABLE questions (
   client TEXT, run TEXT, round INTEGER, attempt INTEGER,
   digest TEXT NOT NULL, noise_here INTEGER NOT NULL, is_answered INTEGER NOT NULL DEFAULT 0,
@@ -58,23 +64,15 @@ CREATE TABLE answers (
   client TEXT, run TEXT, round INTEGER, attempt INTEGER,
   sha256 BLOB NOT NULL, total BLOB NOT NULL,
   PRIMARY KEY (client, run, round, attempt));
-CREATE TABLE series (
-  client TEXT, run TEXT, series TEXT, position INTEGER, total BLOB,
-  PRIMARY KEY (client, run, series, position));
+{_SERIES}
 """
-_FROM_1 = """
+_FROM_1 = f"""
 ALTER TABLE sums RENAME TO old_sums;
-CREATE TABLE sums (
-  client TEXT, run TEXT, noise_multiplier REAL, sampling_prob REAL, records INTEGER, rounds INTEGER,
-  planned INTEGER NOT NULL, reserved INTEGER NOT NULL CHECK (reserved <= planned),
-  PRIMARY KEY (client, run, noise_multiplier, sampling_prob, records, rounds)) WITHOUT ROWID;
+{_SUMS}
 INSERT INTO sums SELECT client, run, noise_multiplier, sampling_prob, 1, 1, planned, reserved
   FROM old_sums;
 DROP TABLE old_sums;
-CREATE TABLE series (
-  client TEXT, run TEXT, series TEXT, position INTEGER, total BLOB,
-  PRIMARY KEY (client, run, series, position));
-"""
+{_SERIES}"""  # noqa: S608  (both are constants)
 """What makes a file of version 1, which knew of neither records nor series, one of version 2."""
 
 
