@@ -36,6 +36,12 @@ def users(records_per_user, seed=1):
     )
 
 
+def one(shard, user):
+    """One user alone."""
+    own = shard.records.take(np.flatnonzero(shard.user_index == user))
+    return type(shard)(own, np.zeros(len(own), dtype=np.int64), 1, shard.max_records)
+
+
 def weights_of(net):
     return net.initial(np.random.default_rng(0))
 
@@ -167,6 +173,38 @@ def test_users_do_stand_side_by_side_where_that_was_asked(monkeypatch):
     beside = updates(NET, weights_of(NET), shard, BESIDE, seed=1)
 
     np.testing.assert_allclose(beside, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [None, 4])
+def test_how_many_records_another_user_has_changes_no_bit_side_by_side(batch):
+    training = LocalTraining(2, 0.1, batch=batch, per_user="vmap")
+    few, many = users([2, 2, 3, 3, 5]), users([2, 2, 3, 3, 9])
+
+    rows = [updates(NET, weights_of(NET), shard, training, seed=1) for shard in (few, many)]
+
+    assert np.array_equal(few.records.codes[:10], many.records.codes[:10])
+    assert rows[0][:4].tobytes() == rows[1][:4].tobytes()
+    assert (rows[0][4] != rows[1][4]).any()
+
+
+def test_a_user_whose_loss_is_no_number_counts_as_zeros_and_the_others_as_they_are(monkeypatch):
+    strategy = DpFedAvg(hidden=6, latent=2, per_user="loop")
+    query = next(strategy.rounds(small_table(), 1.0, np.random.default_rng(0)))
+    shard, plain = made_up(small_table(), [1] * 5, seed=1), Net.losses
+    bad = shard.records.codes[2]
+    is_bad = (shard.records.codes == bad).all(axis=1)
+    honest = [block_sum(strategy, query, one(shard, user), seed=(1, 1)) for user in range(5)]
+
+    def losses(self, torch, weights, seen, chance):
+        hit = (seen[1] == torch.from_numpy(bad)).all(dim=1)
+        return torch.where(hit, torch.nan, plain(self, torch, weights, seen, chance))
+
+    monkeypatch.setattr(Net, "losses", losses)
+    with_bad = block_sum(strategy, query, shard, seed=(1, 1))
+
+    expected = sum(row for row, is_out in zip(honest, is_bad, strict=True) if not is_out)
+    assert (with_bad == expected).all()
+    assert np.abs(expected).max() > 0
 
 
 @pytest.mark.parametrize("fault", ["by place", "by neighbor", "not at all"])
