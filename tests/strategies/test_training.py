@@ -18,12 +18,13 @@ from fedsynth.strategies.parts.autoencoder import Net
 from fedsynth.strategies.parts.device import device_for, take_device
 from fedsynth.strategies.parts.local_training import LocalTraining, places, updates
 from fedsynth.strategies.parts.server_optimizer import ServerOptimizer
-from fedsynth.strategies.parts.trainable import RecordShape
+from fedsynth.strategies.parts.trainable import Made, RecordShape
 from flwr.serverapp.strategy import FedAvg
 
 torch = pytest.importorskip("torch")
 
 NET = Net("mlp", (3, 2), None, 6, 2)
+MADE = Made(RecordShape((3, 2), None))
 BESIDE = LocalTraining(steps=2, lr=0.1, per_user="vmap")
 
 
@@ -44,6 +45,10 @@ def one(shard, user):
 
 def weights_of(net):
     return net.initial(np.random.default_rng(0))
+
+
+def updates_of(shard, training):
+    return updates(NET, weights_of(NET), shard, training, made=MADE, seed=1)
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"])
@@ -155,7 +160,7 @@ def test_a_step_takes_its_records_in_turn_and_a_place_knows_no_number_of_records
 def test_a_user_with_one_record_trains_on_it_in_every_step():
     shard = users([1])
 
-    row = updates(NET, weights_of(NET), shard, LocalTraining(3, 0.1, batch=10), seed=1)
+    row = updates_of(shard, LocalTraining(3, 0.1, batch=10))
 
     assert np.isfinite(row).all()
     assert np.abs(row).max() > 0
@@ -163,14 +168,14 @@ def test_a_user_with_one_record_trains_on_it_in_every_step():
 
 def test_users_do_stand_side_by_side_where_that_was_asked(monkeypatch):
     shard = users([1, 3, 2, 2, 7])
-    alone = updates(NET, weights_of(NET), shard, LocalTraining(2, 0.1, per_user="loop"), seed=1)
+    alone = updates_of(shard, LocalTraining(2, 0.1, per_user="loop"))
 
     def refuse(*args):
         raise AssertionError("one by one")
 
     monkeypatch.setattr(local_training, "_loop", refuse)
 
-    beside = updates(NET, weights_of(NET), shard, BESIDE, seed=1)
+    beside = updates_of(shard, BESIDE)
 
     np.testing.assert_allclose(beside, alone, atol=1e-6)
 
@@ -180,7 +185,7 @@ def test_how_many_records_another_user_has_changes_no_bit_side_by_side(batch):
     training = LocalTraining(2, 0.1, batch=batch, per_user="vmap")
     few, many = users([2, 2, 3, 3, 5]), users([2, 2, 3, 3, 9])
 
-    rows = [updates(NET, weights_of(NET), shard, training, seed=1) for shard in (few, many)]
+    rows = [updates_of(shard, training) for shard in (few, many)]
 
     assert np.array_equal(few.records.codes[:10], many.records.codes[:10])
     assert rows[0][:4].tobytes() == rows[1][:4].tobytes()
@@ -210,14 +215,13 @@ def test_a_user_whose_loss_is_no_number_counts_as_zeros_and_the_others_as_they_a
 @pytest.mark.parametrize("fault", ["by place", "by neighbor", "not at all"])
 def test_users_are_taken_one_by_one_where_places_or_neighbors_change_a_bit(monkeypatch, fault):
     shard, plain = users([2, 2, 2]), side_by_side._Steps.__call__
-    monkeypatch.setattr(side_by_side, "_agreeing", {})
 
     def unlike(self, batches, share):
         change = plain(self, batches, share)
         name = next(iter(change))
         tiny = 1e-7 * torch.arange(len(share)) if fault == "by place" else torch.zeros(len(share))
         if fault == "by neighbor":
-            tiny = tiny + 1e-7 * batches[0][0][-1].flatten(1).sum(1).roll(1)
+            tiny = tiny + 1e-7 * batches[0][0][1].flatten(1).sum(1).roll(1)
         change[name] += tiny.view(-1, *[1] * (change[name].dim() - 1))
         return change
 
@@ -227,7 +231,7 @@ def test_users_are_taken_one_by_one_where_places_or_neighbors_change_a_bit(monke
     chance = local_training.chances(torch, device, NET, shard, BESIDE, seed=1)
 
     taken = side_by_side.side_by_side(
-        torch, device, NET, weights_of(NET), shard, BESIDE, 1, chance, rows
+        torch, device, NET, weights_of(NET), MADE, shard, BESIDE, 1, chance, rows
     )
 
     assert taken.tolist() == [fault == "not at all"] * 3
