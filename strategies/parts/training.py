@@ -18,7 +18,7 @@ from ...core.leaf import Leaf
 from ...core.query import MAX_RECORDS, Contribution, Query, Rounds, Steps, Strategy
 from ...core.records import BoundedShard
 from ...core.schema import Schema
-from .adaptive_clip import AdaptiveClip, check_settings, with_bit
+from .adaptive_clip import check_settings, clip_that_follows, with_bit
 from .example_training import downhill
 from .factorization import Correlation, check_turns, series_of
 from .local_training import LocalTraining, PerUser, updates
@@ -294,15 +294,14 @@ class Training(Strategy):
           noise_multiplier: Of each sum.
           rng: Public randomness of the optimizer; `None`: a checkpoint will be restored.
         """
-        adaptive = None
-        if self.clip_quantile is not None:
-            adaptive = AdaptiveClip(
-                self.clip,
-                quantile=self.clip_quantile,
-                rate=self.clip_rate,
-                bit_share=self.clip_bit_share,
-                num_users=self.sampling_prob * self.num_users,
-            )
+        adaptive = clip_that_follows(
+            self.clip,
+            quantile=self.clip_quantile,
+            rate=self.clip_rate,
+            bit_share=self.clip_bit_share,
+            num_users=self.num_users,
+            sampling_prob=self.sampling_prob,
+        )
         return Updates(
             weights,
             clip=self.clip,
