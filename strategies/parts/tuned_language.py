@@ -27,6 +27,7 @@ from ...models.lora import (
     tokens_of,
 )
 from ...models.one_core import one_core
+from ...models.slopes import slopes_of
 from ...models.transformer import Transformers
 from .trainable import Trainable
 
@@ -166,6 +167,18 @@ class TunedLanguage(Trainable):
             prompt = self.prompts.of(base, code)
             lost.append(base.losses(prompt, tokens, adapters, self.place.first_layer)[0].mean())
         return torch.stack(lost)
+
+    @property
+    def has_slopes(self) -> bool:
+        """Texts of many users go through the model together."""
+        return True
+
+    def slopes(self, torch: Any, weights: Any, seen: tuple[Any, ...]) -> NDArray[np.float32]:
+        """The slope of each record's loss, of many records at once."""
+        texts = [tuple(token for token in row if token >= 0) for row in seen[0].tolist()]
+        prompts = [self.prompts.of(self.base, code) for code in seen[1].tolist()]
+        adapters = self._adapters(self.split(weights))
+        return slopes_of(self.base, prompts, texts, adapters, self.place.first_layer)
 
     def guesses(self, weights: NDArray[np.float32], records: Records) -> NDArray[np.float64]:
         """Tokens of each record guessed right, all of them, and the surprise, `(num_records, 3)`.
