@@ -31,7 +31,6 @@ import report  # isort: skip  (first: it holds numpy and torch to one thread)
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ from fedsynth.strategies.parts.tuned_language import LanguageTexts
 from numpy.typing import NDArray
 from pe_text import ACCURACY, BRIEFS, LIFT, SCHEMA, Case, Known
 
-LEVELS = {"inf": math.inf, "4": 4.0, "1": 1.0, "0": 0.0}
+LEVELS = {"0": 0.0, "1": 1.0, "4": 4.0, "inf": math.inf}
 TAUGHT = "small model, %"
 
 
@@ -116,8 +115,16 @@ def main() -> int:
         for seed in range(size.seeds):
             for case in cases:
                 for row in rows:
-                    _measure(case, size, known, texts, row, seed, path)
-        found = {case.name: _told(figures, case, size, known, rows) for case in cases}
+                    own = _seed_of(row, seed, args.texts)
+                    _measure(case, size, known, texts, row, own, path)
+        found = {}
+        for case in cases:
+            seeds = range(size.seeds)
+            runs = {
+                row: [known.of(case.name, row, _seed_of(row, s, args.texts)) or {} for s in seeds]
+                for row in rows
+            }
+            found[case.name] = _told(figures, case.name, runs)
         if not args.quick:
             _claims(figures, found)
             figures.note("SmolLM2 has most likely read such texts before: see the docstring")
@@ -125,6 +132,11 @@ def main() -> int:
 
 
 # --- runs
+
+
+def _seed_of(row: str, seed: int, texts: bool) -> int:
+    """The seed that a row is measured with: the public model guesses the same in all of them."""
+    return 0 if row == "epsilon=0" and not texts else seed
 
 
 def _strategy(case: Case, path: str) -> DpLora:
@@ -238,15 +250,12 @@ def _tiny(folder: Path) -> Path:
 
 
 def _told(
-    figures: report.Report, case: Case, size: Size, known: Known, rows: Sequence[str]
+    figures: report.Report, data: str, found: dict[str, list[dict[str, Any]]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Put the rows of one data set into the table; its runs by row, one a seed."""
-    found = {
-        row: [known.of(case.name, row, seed) or {} for seed in range(size.seeds)] for row in rows
-    }
+    """Put the rows of one data set into the table; `found` are its runs by row, one a seed."""
     zero = found["epsilon=0"]
-    for row in rows:
-        name, runs = f"{case.name} {row}", found[row]
+    for row, runs in found.items():
+        name = f"{data} {row}"
         if row != "real":
             figures.add(name, f"{ACCURACY}, %", [100 * r["accuracy"] for r in runs], unit="%")
             figures.add(name, "nats a token", [r["surprise"] for r in runs], unit="")

@@ -201,21 +201,25 @@ class Frozen:
         states: Any,
         adapters: Adapters,
         first: int,
-    ) -> Any:
-        """The sum of texts' mean surprises, from their states under a layer."""
+    ) -> tuple[Any, Any, Any]:
+        """`losses` of several texts from their states under a layer, `(num_texts, length)` each.
+
+        Third, whether a place holds a token of the text or its end: elsewhere nothing is said.
+        """
         torch = torch_for(_NEEDED_BY)
         _, past = self.told(prompt)
         num, length, dim = states.shape
         turned = self._turned(torch, past[0][0].shape[1], length)
         for i in range(first, self.num_layers):
             states, _ = self._layer(torch, i, states, turned, past[i], adapters)
-        wanted, share = torch.zeros((num, length), dtype=torch.long), torch.zeros((num, length))
-        for row, text in enumerate(texts):
-            wanted[row, : len(text) + 1] = torch.tensor([*text, self.end])
-            share[row, : len(text) + 1] = 1 / (len(text) + 1)
+        wanted = torch.zeros((num, length), dtype=torch.long)
+        is_told = torch.zeros((num, length), dtype=torch.bool)
+        for row, told, text in zip(wanted, is_told, texts, strict=True):
+            row[: len(text) + 1] = torch.tensor([*text, self.end])
+            told[: len(text) + 1] = True
         flat = self._normed(torch, states.reshape(num * length, dim), self._last)
-        lost, _ = _surprise(torch, flat, self._output)(wanted.flatten())
-        return (lost * share.flatten()).sum()
+        lost, right = _surprise(torch, flat, self._output)(wanted.flatten())
+        return lost.view(num, length), right.view(num, length), is_told
 
     def written(
         self, prompt: str, num: int, adapters: Adapters, *, max_tokens: int, seed: int
@@ -411,7 +415,8 @@ def _surprise(torch: Any, states: Any, output: _Linear) -> Callable[[Any], tuple
             if ctx.needs_input_grad[0]:
                 ctx.save_for_backward(output.back(probs) - output.weight[tokens])
             else:
-                is_right = probs.argmax(-1) == tokens
+                is_right = probs[rows, tokens] == probs.amax(-1)
+                is_right[is_right.clone()] = probs[is_right].argmax(-1) == tokens[is_right]
             ctx.mark_non_differentiable(is_right)
             return lost, is_right
 

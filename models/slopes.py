@@ -40,15 +40,41 @@ def slopes_of(
     """
     width = sum(learned.numel() for _, learned in adapters.values())
     rows = np.zeros((len(texts), width), dtype=np.float32)
-    kinds: dict[tuple[str, int], list[int]] = {}
-    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        kinds.setdefault((prompt, _length(text)), []).append(i)
     with one_core(_NEEDED_BY, learns=True) as torch:
-        for (prompt, length), members in kinds.items():
+        for (prompt, length), members in _kinds(prompts, texts).items():
             chunk = _Chunk(torch, model, prompt, adapters, first, length)
             for some in chunk.parts(members):
                 rows[some] = chunk.slopes_of([texts[i] for i in some])
     return rows
+
+
+def guesses_of(
+    model: Frozen, prompts: Sequence[str], texts: Sequence[Tokens], adapters: Adapters, first: int
+) -> NDArray[np.float64]:
+    """Tokens guessed right, all of them, and their surprise in sum, `(num_texts, 3)`.
+
+    The end of a text counts as a token of it. Last bits may hang on other texts.
+    """
+    found = np.zeros((len(texts), 3))
+    with one_core(_NEEDED_BY, learns=True) as torch, torch.no_grad():
+        for (prompt, length), members in _kinds(prompts, texts).items():
+            most = max(1, _TOGETHER // length)
+            for start in range(0, len(members), most):
+                some = members[start : start + most]
+                own = [texts[i] for i in some]
+                states = model.beneath(prompt, own, first, length, keep=True)
+                lost, right, told = model.surprises(prompt, own, states, adapters, first)
+                for column, part in enumerate((right, told, lost.double())):
+                    found[some, column] = (part * told).sum(-1).numpy()
+    return found
+
+
+def _kinds(prompts: Sequence[str], texts: Sequence[Tokens]) -> dict[tuple[str, int], list[int]]:
+    """Which texts follow a prompt and fit into a row of a length."""
+    kinds: dict[tuple[str, int], list[int]] = {}
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        kinds.setdefault((prompt, _length(text)), []).append(i)
+    return kinds
 
 
 def _length(text: Tokens) -> int:
@@ -93,7 +119,8 @@ class _Chunk:
             for name, (fixed, learned) in self._adapters.items()
         }
         states = self._model.beneath(self._prompt, texts, self._first, self._length, keep=keep)
-        lost = self._model.surprises(self._prompt, texts, states, own, self._first)
+        lost, _, told = self._model.surprises(self._prompt, texts, states, own, self._first)
+        lost = ((lost * told).sum(-1) / told.sum(-1)).sum()
         slopes = torch.autograd.grad(lost, [learned for _, learned in own.values()])
         found: NDArray[np.float32] = torch.cat([slope.flatten(1) for slope in slopes], 1).numpy()
         return found

@@ -138,7 +138,7 @@ def test_a_texts_loss_does_not_depend_on_the_users_other_texts(lora):
 
 def test_users_texts_become_likelier(lora):
     shard = shard_of([["zq zq zq"] for _ in range(6)])
-    settings = replace(lora, num_users=6, num_rounds=6, local_lr=1.0, clip=1.0, server_lr=0.3)
+    settings = replace(lora, num_users=6, num_rounds=6, clip=1.0, server_lr=3.0)
     before = model_of(lora)
 
     learned = non_private(settings, TEXTS, shard, np.random.default_rng(0))
@@ -166,11 +166,11 @@ def test_a_control_code_says_which_text_is_likelier(lora):
         lora,
         codes=("low", "high"),
         num_users=4,
-        num_rounds=8,
+        num_rounds=10,
         clip=1.0,
-        local_lr=1.0,
-        server_optimizer="fedavgm",
-        server_lr=3.0,
+        server_optimizer="fedadam",
+        server_lr=0.3,
+        momentum=0.9,
     )
     texts = [["aaaa"] if user % 2 else ["zzzz"] for user in range(4)]
     kinds = [user % 2 for user in range(4)]
