@@ -186,6 +186,24 @@ class Trainable(ABC):
         """
         return ()
 
+    @property
+    def has_slopes(self) -> bool:
+        """Whether `slopes` is there, by which a single step of many users is faster."""
+        return False
+
+    def slopes(self, torch: Any, weights: Any, seen: tuple[Any, ...]) -> NDArray[np.float32]:
+        """The slope of each record's loss, `(num_records, num_weights)`, where there is no chance.
+
+        Each row must hang on that record and the weights alone, to the last bit, whoever the other
+        records are of.
+
+        Args:
+          torch: The library.
+          weights: The flat vector, `(num_weights,)`.
+          seen: What `read` gave, for records of any users.
+        """
+        raise NotImplementedError("a model that has_slopes must give them")
+
     def inputs(self) -> Mapping[str, NDArray[Any]]:
         """Public arrays by which a client sees that its model is the server's; none for most.
 
