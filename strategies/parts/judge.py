@@ -116,7 +116,7 @@ def _checked(
         and (weights.ndim, starts.shape, target.shape) == (2, (num_columns + 1,), (1,))
         and starts[0] == 0
         and bool((starts[1:] >= starts[:-1]).all())
-        and len(weights) == starts[-1] + pixels + 1
+        and len(weights) == int(starts[-1]) + pixels + 1
         and weights.shape[1] >= 1
         and 0 <= target[0] < num_columns
     ):
