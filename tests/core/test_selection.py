@@ -179,7 +179,7 @@ def test_beside_a_selection_everything_costs_more_than_either_and_less_than_both
 @pytest.mark.parametrize(("law", "other"), [tuple(Tries), tuple(Tries)[::-1]])
 def test_there_are_as_many_tries_as_the_law_says_and_another_law_is_found(law, other):
     stream = Stream(int(law))
-    draws = [drawn_number(mean=6, law=law, stream=stream) for _ in range(2000)]
+    draws = [drawn_number(mean=6, law=law, stream=stream) for _ in range(4000)]
     seen = np.bincount(np.minimum(draws, 20), minlength=21)[1:]
 
     assert min(draws) >= 1
