@@ -224,8 +224,9 @@ class Ledger:
           and of this plan stays within the cap. Where all sums are unsampled this holds however
           the plan was chosen, for Gaussian DP composes fully adaptively (Smith and Thakurta, 2022,
           "Fully Adaptive Composition for Gaussian Differential Privacy", arXiv 2210.17520).
-          Where some are Poisson-sampled it holds for plans that were not chosen by looking at
-          what earlier runs on the same population gave; within a run the plan is fixed anyway.
+          Where some are Poisson-sampled, or there is a sweep, it holds for plans that were not
+          chosen by looking at what earlier runs on the same population gave; within a run the plan
+          is fixed anyway.
         """
         from ..core import accounting
 

@@ -364,7 +364,7 @@ def _sweep_private(
         _print_lines(console, asked.lines)
     if price:
         if quiet:
-            _json({**dict(asked.lines), "epsilon": asked.epsilon, "tries": asked.event.mean})
+            _json(asked.to_json())
         else:
             _say(console, "Nothing has been read or spent.")
         return

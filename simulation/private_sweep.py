@@ -102,16 +102,35 @@ class PrivateSweep:
     @property
     def lines(self) -> list[tuple[str, str]]:
         """What it costs, as labelled lines."""
-        delta, law = self.config.run_budget.delta, self.event.law.name.lower()
-        alone = max(accounting.epsilon_of(plan.event, delta) for plan in self.tries)
-        every = accounting.epsilon_of(accounting.compose(p.event for p in self.tries), delta)
+        told = self.to_json()
         return [
-            ("Sweep", f"{len(self.tries)} settings; {self.event.mean:g} tries on average ({law})"),
-            ("Costs", f"epsilon {self.epsilon:.4g} at delta {delta:g}, the whole sweep"),
-            ("Tries", f"each with the noise of epsilon {alone:.3g}; all settings: {every:.3g}"),
+            (
+                "Sweep",
+                f"{told['settings']} settings; {told['tries']:g} tries on average ({told['law']})",
+            ),
+            ("Costs", f"epsilon {told['epsilon']:.4g} at delta {told['delta']:g}, the whole sweep"),
+            (
+                "Tries",
+                f"each at epsilon {told['epsilon_of_a_try']:.3g}; each setting once, and all shown,"
+                f" would be {told['epsilon_of_all']:.3g}",
+            ),
             ("Shown", "the best try, by a noisy score; never the others, nor how many there were"),
             ("Trust", "whoever runs this sees all tries; the price holds for readers of a release"),
         ]
+
+    def to_json(self) -> dict[str, Any]:
+        """What it costs, as plain data for other programs."""
+        delta = self.config.run_budget.delta
+        events = [plan.event for plan in self.tries]
+        return {
+            "settings": len(events),
+            "tries": self.event.mean,
+            "law": self.event.law.name.lower(),
+            "epsilon": self.epsilon,
+            "delta": delta,
+            "epsilon_of_a_try": max(accounting.epsilon_of(event, delta) for event in events),
+            "epsilon_of_all": accounting.epsilon_of(accounting.compose(events), delta),
+        }
 
 
 def planned(
@@ -226,6 +245,7 @@ def private_sweep(sweep: PrivateSweep, *, stream: "KeyStream", data: "Shard | No
     take_device(config.engine.device)
     shard = population_of(config, sweep.tries[0].schema) if data is None else data
     check_read(shard.unread)
+    _check_begins(sweep)
     _start(sweep)
     try:
         with (
@@ -262,6 +282,14 @@ def _check_trusted(config: RunConfig, num_settings: int) -> None:
             f"a private sweep compares exact sums with noise, which aggregator"
             f" {config.noise.aggregator!r} does not form; use 'sum'"
         )
+
+
+def _check_begins(sweep: PrivateSweep) -> None:
+    """Have every setting say what it asks first, so that what cannot begin costs nothing."""
+    for plan in sweep.tries:
+        steps = plan.strategy.rounds(plan.schema, plan.noise_multiplier, plan.rng)
+        next(steps)
+        steps.close()
 
 
 def _is_scored(plan: Plan) -> bool:

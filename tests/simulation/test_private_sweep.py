@@ -10,9 +10,11 @@ import re
 import shutil
 import signal
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from dp_accounting.dp_event import GaussianDpEvent
 from fedsynth.core import accounting
 from fedsynth.core.card import Card
 from fedsynth.core.config import parse_config
@@ -31,6 +33,7 @@ from fedsynth.server.chain import Chain
 from fedsynth.server.ledger import Ledger
 from fedsynth.server.planned import unfinished
 from fedsynth.server.release import Release, verify
+from fedsynth.server.release import _paid as paid
 from fedsynth.server.statement import statement
 from fedsynth.simulation import private_sweep as module
 from fedsynth.simulation.cli import app
@@ -334,6 +337,20 @@ def test_a_budget_that_does_not_hold_the_sweep_asks_nobody_and_leaves_nothing(tm
     assert not sweep.folder.exists()
 
 
+def test_a_setting_that_cannot_begin_is_found_before_anything_is_spent(tmp_path, monkeypatch):
+    def broken(self, schema, noise_multiplier, rng):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        yield
+
+    sweep = planned(config_in(tmp_path), GRID)
+    monkeypatch.setattr(type(sweep.tries[1].strategy.inner), "rounds", broken)
+
+    with pytest.raises(ModuleNotFoundError):
+        done(sweep)
+
+    assert not (tmp_path / "ledger.db").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "grid", "said"),
     [
@@ -487,6 +504,19 @@ def test_a_winner_of_a_cheaper_sweep_is_found(whole, tmp_path):
     forged(folder, {"selection": told, "epsilon": epsilon, "rdp_epsilon": epsilon})
 
     assert "differ in the sweep" in failures(folder)
+
+
+def test_a_run_whose_sums_no_try_has_is_not_paid_for_by_what_its_card_says(whole):
+    card = Release.open(whole[1]).card
+    plan = accounting.from_json(card.event)
+    other = accounting.select([GaussianDpEvent(9.0)], mean=2, law=Tries.LOGARITHMIC)
+    twice = accounting.compose([accounting.from_json(card.selection["event"])] * 2)
+
+    assert paid(card, plan) == accounting.from_json(card.selection["event"])
+    for event in (other, twice, plan):
+        told = card.selection | {"event": accounting.to_json(event)}
+        with pytest.raises(FedsynthError):
+            paid(replace(card, selection=told), plan)
 
 
 @pytest.mark.parametrize("told", [{"grid": {}}, {"grid": {"a": 1}, "event": []}, {"event": 3}])
