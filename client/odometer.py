@@ -550,6 +550,8 @@ def _event(plan: str) -> "DpEvent":
         entries = json.loads(plan)
         if not isinstance(entries, list) or len(entries) > _MAX_PLAN_ENTRIES:
             raise ConfigError(f"a plan is a list of at most {_MAX_PLAN_ENTRIES} kinds of sums")
+        if any("tries" in entry for entry in entries):
+            raise ConfigError("tries are no secret to a client, so a plan of them has no price")
         event = from_json(entries)
         sampled = [entry for entry in entries if entry["sampling_prob"] < 1]
         over_records = sum(entry.get("records", 1) > 1 for entry in sampled)

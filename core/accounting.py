@@ -5,7 +5,7 @@ A cost is a `dp_accounting.DpEvent`, stored as such and priced anew whenever it 
 participation Gaussian sums compose exactly as Gaussian DP: spending adds up in
 1 / noise_multiplier^2. Poisson-sampled sums, and sums over a user's records that join by a coin
 each, are priced by privacy loss distributions. RDP is the cross-check, which must never come out
-lower.
+lower. The best of a secret number of tries (`core/selection.py`) is priced by RDP alone.
 """
 
 import logging
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from types import MappingProxyType
 from typing import Any
 
 import dp_accounting
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 from .errors import ConfigError, FedsynthError
 from .leaf import Leaf, Leaves
 from .privacy import Budget
+from .selection import SelectDpEvent, Sums, Tries, selected_rdp
 
 PLD_INTERVAL = 1e-3
 _MANY_SUMS = 2000  # above so many sums the interval's own error adds up, so a finer one is used
@@ -42,6 +44,10 @@ _LEAST_NOISE, _MAX_NOISE = 1e-3, 1e6  # of an event that is read; no promise lie
 
 _CLOSE, _MOST_GUESSES = 1e-5, 24  # how near calibrated noise is to the least, as a share of it
 _MOST_RECORDS, _MOST_ROUNDS = 10_000, 1_000_000  # of one sum
+_MOST_SWEEPS = 1000  # alike, of one population
+
+Selections = Counter[SelectDpEvent]
+"""How often each best of several tries stands in an event."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +105,38 @@ def leaves(event: DpEvent) -> Leaves:
       ConfigError: The event holds anything but Gaussian sums: of all users, of users or records
         that join by coins, or in series.
     """
-    found: Leaves = Counter()
-    _collect(event, 1, found)
+    found, chosen = parts(event)
+    if chosen:
+        raise ConfigError(
+            "the best of a secret number of tries is not a sum, and none is asked under it: each"
+            " try is a run of its own"
+        )
     return found
 
 
-def event_of(found: Mapping[Leaf, int] | Mapping[tuple[float, float], int]) -> DpEvent:
-    """The composed event of single sums; `leaves` turned round."""
+def parts(event: DpEvent) -> tuple[Leaves, Selections]:
+    """The single sums that an event is composed of, and what of it is the best of several tries.
+
+    Raises:
+      ConfigError: The event holds anything else.
+    """
+    found: Leaves = Counter()
+    chosen: Selections = Counter()
+    _collect(event, 1, found, chosen)
+    return found, chosen
+
+
+def event_of(
+    found: Mapping[Leaf, int] | Mapping[tuple[float, float], int],
+    chosen: Mapping[SelectDpEvent, int] = MappingProxyType({}),
+) -> DpEvent:
+    """The composed event of single sums, and of the best of tries; `parts` turned round."""
     events = [
         SelfComposedDpEvent(single_event(leaf[0], leaf[1], *map(int, leaf[2:])), count)
         for leaf, count in sorted(found.items())
         if count
     ]
+    events += [SelfComposedDpEvent(best, count) for best, count in sorted(chosen.items())]
     return ComposedDpEvent(events) if events else NoOpDpEvent()
 
 
@@ -126,25 +152,51 @@ def single_event(
     return gaussian if sampling_prob >= 1 else PoissonSampledDpEvent(sampling_prob, gaussian)
 
 
+def select(events: Iterable[DpEvent], *, mean: float, law: Tries) -> SelectDpEvent:
+    """The best of a random, secret number of tries.
+
+    Args:
+      events: What one try may cost: an event for each setting, which holds the sum that chooses.
+      mean: Mean number of tries; above 1.
+      law: Its law.
+
+    Raises:
+      ConfigError: There are no settings, or the mean is not above 1.
+
+    Example:
+      >>> best = select([GaussianDpEvent(2.0)], mean=10, law=Tries.LOGARITHMIC)
+      >>> round(epsilon_of(best, 1e-5), 3)
+      3.639
+    """
+    tries = {tuple(sorted(leaves(event).items())) for event in events}
+    return SelectDpEvent(tuple(sorted(tries)), float(mean), law)
+
+
 def compose(events: Iterable[DpEvent]) -> DpEvent:
     """All of `events`, on the same users."""
     total: Leaves = Counter()
+    best: Selections = Counter()
     for event in events:
-        total.update(leaves(event))
-    return event_of(total)
+        found, chosen = parts(event)
+        total.update(found)
+        best.update(chosen)
+    return event_of(total, best)
 
 
-def to_json(event: DpEvent) -> list[dict[str, float]]:
-    """Plain data that `from_json` reads back: a list of equal sums and how many of each."""
+def to_json(event: DpEvent) -> list[dict[str, Any]]:
+    """Plain data that `from_json` reads back: equal sums and how many of each, then the rest."""
+    found, chosen = parts(event)
     return [
-        {
-            "noise_multiplier": leaf.noise_multiplier,
-            "sampling_prob": leaf.sampling_prob,
-            **({"records": leaf.records} if leaf.records > 1 else {}),
-            **({"rounds": leaf.rounds} if leaf.rounds > 1 else {}),
-            "count": count,
-        }
-        for leaf, count in sorted(leaves(event).items())
+        *_sums_json(sorted(found.items())),
+        *(
+            {
+                "tries": [_sums_json(sums) for sums in best.tries],
+                "mean": best.mean,
+                "law": best.law.name.lower(),
+                "count": count,
+            }
+            for best, count in sorted(chosen.items())
+        ),
     ]
 
 
@@ -152,28 +204,23 @@ def from_json(data: Sequence[Mapping[str, Any]]) -> DpEvent:
     """The event that plain data describes.
 
     Raises:
-      ConfigError: An entry is not a Gaussian sum.
+      ConfigError: An entry is neither a Gaussian sum nor the best of tries that are made of them.
     """
-    found: Leaves = Counter()
+    found = _leaves_from(entry for entry in data if "tries" not in entry)
+    chosen: Selections = Counter()
     for entry in data:
-        noise, prob, count = entry["noise_multiplier"], entry["sampling_prob"], entry["count"]
-        records, rounds = entry.get("records", 1), entry.get("rounds", 1)
-        if not (
-            isinstance(count, int)
-            and 0 < count <= 10**9
-            and isinstance(noise, int | float)
-            and _LEAST_NOISE <= noise <= _MAX_NOISE
-            and isinstance(prob, int | float)
-            and 0 < prob <= 1
-            and isinstance(records, int)
-            and 1 <= records <= _MOST_RECORDS
-            and isinstance(rounds, int)
-            and 1 <= rounds <= _MOST_ROUNDS
-            and (rounds == 1 or (records == 1 and prob == 1))
+        if "tries" not in entry:
+            continue
+        mean, count, law = entry["mean"], entry["count"], str(entry["law"]).upper()
+        if (
+            not (isinstance(count, int) and 0 < count <= _MOST_SWEEPS)
+            or not isinstance(mean, int | float)
+            or law not in Tries.__members__
         ):
             raise ConfigError(f"not an event: {dict(entry)!r}")
-        found[Leaf(float(noise), float(prob), records, rounds)] += count
-    return event_of(found)
+        tries = [event_of(_leaves_from(sums)) for sums in entry["tries"]]
+        chosen[select(tries, mean=mean, law=Tries[law])] += count
+    return event_of(found, chosen)
 
 
 def price(event: DpEvent, delta: float) -> Price:
@@ -182,7 +229,8 @@ def price(event: DpEvent, delta: float) -> Price:
     Raises:
       FedsynthError: The accountants contradict each other; nothing may then be claimed.
     """
-    return _price(tuple(sorted(leaves(event).items())), delta)
+    found, chosen = parts(event)
+    return _price(tuple(sorted(found.items())), delta, tuple(sorted(chosen.items())))
 
 
 def epsilon_of(event: DpEvent, delta: float) -> float:
@@ -196,9 +244,9 @@ def epsilon_of(event: DpEvent, delta: float) -> float:
 
 
 def mu_of(event: DpEvent) -> float:
-    """The Gaussian DP parameter of an event without sampling; infinite with it."""
-    found = leaves(event)
-    if any(leaf.is_sampled for leaf in found):
+    """The Gaussian DP parameter of an event without sampling or tries; infinite with them."""
+    found, chosen = parts(event)
+    if chosen or any(leaf.is_sampled for leaf in found):
         return math.inf
     return math.sqrt(
         sum(count * (leaf.records / leaf.noise_multiplier) ** 2 for leaf, count in found.items())
@@ -287,8 +335,46 @@ def largest_odds(epsilon: float, prior: float = 0.5) -> float:
     return odds / (1 + odds)
 
 
-def _collect(event: DpEvent, times: int, found: Leaves) -> None:
-    """Add the sums in `event`, `times` over, to `found`."""
+def _sums_json(sums: Iterable[tuple[Leaf, int]]) -> list[dict[str, Any]]:
+    """Equal sums, and how many of each, as plain data."""
+    return [
+        {
+            "noise_multiplier": leaf.noise_multiplier,
+            "sampling_prob": leaf.sampling_prob,
+            **({"records": leaf.records} if leaf.records > 1 else {}),
+            **({"rounds": leaf.rounds} if leaf.rounds > 1 else {}),
+            "count": count,
+        }
+        for leaf, count in sums
+    ]
+
+
+def _leaves_from(data: Iterable[Mapping[str, Any]]) -> Leaves:
+    """The sums that plain data describes, and how many there are of each."""
+    found: Leaves = Counter()
+    for entry in data:
+        noise, prob, count = entry["noise_multiplier"], entry["sampling_prob"], entry["count"]
+        records, rounds = entry.get("records", 1), entry.get("rounds", 1)
+        if not (
+            isinstance(count, int)
+            and 0 < count <= 10**9
+            and isinstance(noise, int | float)
+            and _LEAST_NOISE <= noise <= _MAX_NOISE
+            and isinstance(prob, int | float)
+            and 0 < prob <= 1
+            and isinstance(records, int)
+            and 1 <= records <= _MOST_RECORDS
+            and isinstance(rounds, int)
+            and 1 <= rounds <= _MOST_ROUNDS
+            and (rounds == 1 or (records == 1 and prob == 1))
+        ):
+            raise ConfigError(f"not an event: {dict(entry)!r}")
+        found[Leaf(float(noise), float(prob), records, rounds)] += count
+    return found
+
+
+def _collect(event: DpEvent, times: int, found: Leaves, chosen: Selections) -> None:
+    """Add the sums in `event`, `times` over, to `found`, and the best of tries to `chosen`."""
     match event:
         case NoOpDpEvent():
             return
@@ -304,10 +390,13 @@ def _collect(event: DpEvent, times: int, found: Leaves) -> None:
             leaf = Leaf(float(event.noise_multiplier), rounds=int(event.num_rounds))
             _add(leaf, times, found)
         case SelfComposedDpEvent():
-            _collect(event.event, times * int(event.count), found)
+            _collect(event.event, times * int(event.count), found, chosen)
         case ComposedDpEvent():
             for part in event.events:
-                _collect(part, times, found)
+                _collect(part, times, found, chosen)
+        case SelectDpEvent():
+            if times > 0:
+                chosen[event] += times
         case _:
             raise ConfigError(
                 f"{type(event).__name__} is not a sum that this package can price; a strategy's"
@@ -418,10 +507,12 @@ def _others(found: Iterable[tuple[Leaf, int]]) -> DpEvent:
 
 
 @lru_cache(maxsize=4096)
-def _price(found: tuple[tuple[Leaf, int], ...], delta: float) -> Price:
-    """`price` of an event given by its sorted leaves."""
+def _price(found: Sums, delta: float, chosen: tuple[tuple[SelectDpEvent, int], ...] = ()) -> Price:
+    """`price` of an event given by its sorted parts."""
     if not 0 < delta < 1:
         raise ConfigError(f"privacy delta must lie between 0 and 1, not {delta!r}")
+    if chosen:
+        return _price_of_best(found, delta, chosen)
     if not found:
         return Price(0.0, "gaussian-exact", 0.0)
     mu = mu_of(event_of(dict(found)))
@@ -439,6 +530,32 @@ def _price(found: tuple[tuple[Leaf, int], ...], delta: float) -> Price:
         if epsilon <= rdp:  # a coarse grid overstates tiny epsilons; a finer one settles it
             break
     return _checked(min(epsilon, rdp), "pld" if epsilon <= rdp else "rdp", rdp)
+
+
+@lru_cache(maxsize=4096)
+def _curve(sums: Sums) -> NDArray[np.float64]:
+    """Rényi divergences of a try, by order."""
+    return _rdp(sums)[1]
+
+
+def _price_of_best(
+    found: Sums, delta: float, chosen: tuple[tuple[SelectDpEvent, int], ...]
+) -> Price:
+    """The price of sums beside the best of tries: by the Rényi divergences of all of it.
+
+    Where that is less: each of the two by itself, at half of delta.
+    """
+    orders, of_sums = _rdp(found)
+    at = np.array(orders)
+    of_best = np.zeros(len(orders))
+    for best, count in chosen:
+        worst = np.max([_curve(sums) for sums in best.tries], axis=0)
+        of_best = of_best + count * selected_rdp(at, worst, mean=best.mean, law=best.law)
+    epsilon = rdp_to_epsilon(orders, of_sums + of_best, delta)
+    if not found:
+        return Price(epsilon, "rdp", epsilon)
+    apart = _price(found, delta / 2).epsilon + rdp_to_epsilon(orders, of_best, delta / 2)
+    return Price(min(epsilon, apart), "rdp", epsilon)
 
 
 def _accountant_epsilon(accountant: Any, event: DpEvent, delta: float) -> float:

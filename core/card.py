@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -144,6 +144,8 @@ class Card:
       caution: What the method warns the users of its records of; empty for most methods.
       describes: Whom its records describe, where the method says so itself.
       findings: What the run found out about its records under its budget; empty for most.
+      selection: Where the run is the try of a private sweep that is shown: what was tried, `grid`,
+        and what the whole sweep costs, `event`, of which `epsilon` is the price. Else empty.
       rounds: What was asked, in order.
       files: Every other file of the release but `card.md`.
       format: Version of this layout.
@@ -182,6 +184,7 @@ class Card:
     caution: str = ""
     describes: tuple[str, ...] = ()
     findings: tuple[str, ...] = ()
+    selection: dict[str, Any] = field(default_factory=dict)
     rounds: tuple[CardRound, ...] = ()
     files: tuple[CardFile, ...] = ()
     format: int = FORMAT
@@ -192,8 +195,9 @@ class Card:
             if not math.isfinite(value):
                 raise DataError(f"a card's {name} must be a finite number, not {value}")
             object.__setattr__(self, name, value)
-        for name in ("event", "settings", "aggregator_settings"):  # as JSON gives them back
+        for name in ("event", "settings", "aggregator_settings", "selection"):  # as JSON has them
             object.__setattr__(self, name, json.loads(_text(getattr(self, name))))
+        _check_selection(self.selection)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `from_json` reads back."""
@@ -259,6 +263,7 @@ class Card:
             kinds="; ".join(_sampling(self)),
             packages=", ".join(PACKAGES),
             prior=0.5,
+            selection=_selection(self),
             settings=[(key, _text(value)) for key, value in sorted(self.settings.items())],
             relation=_RELATION[self.unit.relation],
             single=self.unit.level == "record",
@@ -372,6 +377,43 @@ def _counted(card: Card) -> list[str]:
     else:
         source = f"was declared: {bound} times the length of one record"
     return [*lines, f"The bound of a user's part (max_norm) {source}."]
+
+
+def _check_selection(selection: Mapping[str, Any]) -> None:
+    """Refuse what tells of no sweep."""
+    if not selection:
+        return
+    try:
+        _, chosen = accounting.parts(accounting.from_json(selection["event"]))
+        if not chosen or not all(isinstance(values, list) for values in selection["grid"].values()):
+            raise DataError("a card's selection holds no tries, or a grid without values")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError("a card's selection has a grid of lists and an event") from error
+
+
+def _selection(card: Card) -> list[str]:
+    """What a reader must know of a release whose settings were chosen on the private records."""
+    if not card.selection:
+        return []
+    _, chosen = accounting.parts(accounting.from_json(card.selection["event"]))
+    alone = accounting.epsilon_of(accounting.from_json(card.event), card.delta)
+    grid = {key: _text(values) for key, values in card.selection["grid"].items()}
+    tried = "; ".join(f"{key} out of {values}" for key, values in sorted(grid.items()))
+    return [
+        f"The method's settings were chosen on the private records themselves: {tried}.",
+        *(
+            "A random number of tries was made, which nobody is shown,"
+            f" {best.mean:g} on average ({best.law.name.lower()}), each with settings drawn afresh;"
+            " this is the one with the highest noisy score."
+            for best in chosen
+        ),
+        f"The epsilon above is the price of the whole sweep; of this try alone it is {_up(alone)},"
+        " which is not what is promised.",
+        "Its own score, the sum named score, is too high on average, for it was chosen by it. What"
+        " the other settings gave, and how many tries there were, cannot be told from this folder.",
+        "The price holds against readers of this folder. Whoever saw the run itself saw all tries,"
+        " and to them it cost as much as all of these together.",
+    ]
 
 
 def _sampling(card: Card) -> list[str]:

@@ -30,6 +30,12 @@ NAMES = (
     *("before-export", "after-export"),
     *("before-finish", "after-finish"),
 )
+IN_SWEEPS = (  # simulation/private_sweep.py
+    *("before-secret", "after-secret"),
+    *("before-done", "after-done"),
+    "after-choice",
+    "before-clearing",
+)
 
 _passed: Counter[str] = Counter()
 
@@ -38,7 +44,7 @@ def at(name: str) -> None:
     """Die here, if the environment says so; otherwise do nothing.
 
     Args:
-      name: One of `NAMES`.
+      name: One of `NAMES` or of `IN_SWEEPS`.
     """
     wanted = os.environ.get(VARIABLE)
     if wanted is None or wanted.partition(":")[0] != name:

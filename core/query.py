@@ -524,8 +524,11 @@ def embedder_of(strategy: Strategy, schema: Schema) -> Embedder | None:
 def names_files(strategy: Strategy) -> bool:
     """Whether a strategy's settings name files of one machine, which no client takes from a server.
 
-    Those settings stand in an attribute `paths`.
+    Those settings stand in an attribute `paths`, of a strategy or of the one `inner` to it.
     """
+    inner = getattr(strategy, "inner", None)
+    if isinstance(inner, Strategy) and names_files(inner):
+        return True
     return any(getattr(strategy, key) for key in getattr(strategy, "paths", ()))
 
 

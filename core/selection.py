@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs to try settings on private records and to publish the best try alone.
+"""The best of a random, secret number of tries: what it costs, and how the number is drawn.
 
-Holds only if the number of tries is drawn at random and kept secret, each try takes a setting drawn
-afresh, what chooses among tries is part of what each of them is charged for, and nothing of the
-others is ever shown. Nothing here conducts such a sweep; it says what one would cost.
+Settings may be tried on private records and the best try alone be published, for less than all
+tries cost. That holds only if the number of tries is drawn at random and kept secret, each try
+takes a setting drawn afresh, what chooses among tries is part of what each of them is charged for,
+and nothing of the others is ever shown. `simulation/private_sweep.py` sees to that.
 """
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 import numpy as np
+from dp_accounting.dp_event import DpEvent
 from numpy.typing import NDArray
 
-from . import accounting
 from .errors import ConfigError
+from .leaf import Leaf, Leaves
+from .randomness import KeyStream
 
-if TYPE_CHECKING:
-    from dp_accounting.dp_event import DpEvent
+MOST_TRIES = 1e6  # on average
+
+Sums = tuple[tuple[Leaf, int], ...]
+"""The sums of one try, sorted, and how many there are of each."""
 
 
 class Tries(IntEnum):
@@ -28,36 +32,33 @@ class Tries(IntEnum):
     GEOMETRIC = 1
 
 
-def selection_epsilon(
-    tries: Sequence["DpEvent"], *, mean: float, law: Tries, delta: float
-) -> float:
-    """Epsilon of the best of a random, secret number of tries.
+@dataclass(frozen=True, order=True)
+class SelectDpEvent(DpEvent):  # type: ignore[misc]
+    """The best of a random, secret number of tries; made by `accounting.select`.
 
-    Args:
-      tries: What one try may cost, an event for each setting.
+    It is no sum: two of them cost less than twice one, and none may be merged with another.
+
+    Attributes:
+      tries: What one try may be, sorted; what chooses among tries is one of its sums.
       mean: Mean number of tries; above 1.
       law: Its law.
-      delta: At which it is priced.
-
-    Raises:
-      ConfigError: There are no settings, or the mean is not above 1.
-
-    Example:
-      >>> from dp_accounting.dp_event import GaussianDpEvent
-      >>> once = [GaussianDpEvent(2.0)]
-      >>> selection_epsilon(once, mean=10, law=Tries.LOGARITHMIC, delta=1e-5).__round__(3)
-      3.639
     """
-    if not tries or not 1 < mean < math.inf:
-        raise ConfigError(
-            f"a selection has settings and more than one try on average, not {len(tries)} settings"
-            f" and {mean} tries"
-        )
-    curves = [accounting.rdp_of(event) for event in tries]
-    orders = curves[0][0]
-    worst = np.max([rdp for _, rdp in curves], axis=0)
-    chosen = selected_rdp(np.array(orders), worst, mean=mean, law=law)
-    return accounting.rdp_to_epsilon(orders, chosen, delta)
+
+    tries: tuple[Sums, ...]
+    mean: float
+    law: Tries
+
+    def __post_init__(self) -> None:
+        """Refuse what has no price."""
+        if not self.tries or not 1 < self.mean <= MOST_TRIES:
+            raise ConfigError(
+                "a selection has settings and more than one try on average, at most"
+                f" {MOST_TRIES:,.0f}, not {len(self.tries)} settings and {self.mean} tries"
+            )
+
+    def holds(self, found: Leaves) -> bool:
+        """Whether one of the tries is made of exactly these sums."""
+        return tuple(sorted(found.items())) in self.tries
 
 
 def selected_rdp(
@@ -100,3 +101,45 @@ def stopping_prob(mean: float, law: Tries) -> float:
         # its mean, (1/gamma - 1) / log(1/gamma), falls as gamma rises
         low, high = (middle, high) if (1 / middle - 1) / -math.log(middle) > mean else (low, middle)
     return low
+
+
+def drawn_settings(
+    num_settings: int, *, mean: float, law: Tries, stream: KeyStream
+) -> tuple[int, ...]:
+    """The setting of each try: as many as there are tries, each drawn afresh, by its position.
+
+    Args:
+      num_settings: How many there are to draw from.
+      mean: Mean number of tries.
+      law: Its law.
+      stream: Secret randomness.
+
+    Privacy:
+      How many are drawn must never be shown, and never be drawn again once it was.
+    """
+    num_tries = drawn_number(mean=mean, law=law, stream=stream)
+    return tuple(_below(num_settings, stream) for _ in range(num_tries))
+
+
+def drawn_number(*, mean: float, law: Tries, stream: KeyStream) -> int:
+    """A number of tries, exactly by its law.
+
+    Coins with probability gamma, an exact fraction, give a geometric number. It is logarithmic if
+    k is kept with probability 1 / k, and drawn again otherwise.
+    """
+    heads, odds = stopping_prob(mean, law).as_integer_ratio()
+    while True:
+        number = 1
+        while _below(odds, stream) >= heads:
+            number += 1
+        if law is Tries.GEOMETRIC or _below(number, stream) == 0:
+            return number
+
+
+def _below(end: int, stream: KeyStream) -> int:
+    """A whole number in `[0, end)`, each as likely as any other."""
+    bits = (end - 1).bit_length()
+    while True:
+        value = int.from_bytes(stream.read((bits + 7) // 8), "little") & ((1 << bits) - 1)
+        if value < end:
+            return value

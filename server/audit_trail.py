@@ -9,13 +9,16 @@ crash, resumption and cheat.
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..core.accounting import from_json, leaves
+from ..core.accounting import from_json, parts
 from ..core.errors import SecurityRefusal
 from ..core.leaf import Leaf, Leaves
 from .chain import Entry
 from .ledger import Ledger, VoidReason
+
+if TYPE_CHECKING:
+    from ..core.selection import SelectDpEvent
 
 _LEAST_STEPS = 2.0**22  # a lattice has at least so many steps to the clip; see core/mechanism.py
 
@@ -28,7 +31,8 @@ def check_trail(ledger: Ledger, run: str) -> list[str]:
     stay within the plan; a round's next attempt came after the last was void; a sealed sum has at
     least the noise of its reservation; stored sums are those that were sealed; nothing follows
     the end of the run; and what the population has spent holds every sum that may have been drawn
-    in any of its runs, and the whole plan of every run that is open or has sampled sums.
+    in any of its runs, and the whole plan of every run that is open or has sampled sums. Nothing is
+    asked under a sweep, which counts whole, and the one run within it has sums and settings of its.
     """
     entries = ledger.entries(run)
     if not entries or entries[0].kind != "open":
@@ -45,7 +49,7 @@ def check_trail(ledger: Ledger, run: str) -> list[str]:
 
 def _order(entries: list[Entry]) -> Iterator[str]:
     """What is out of order in one run."""
-    left = leaves(from_json(entries[0].data["plan"]))
+    left, _ = parts(from_json(entries[0].data["plan"]))  # a sweep holds no sum to be asked
     done: dict[tuple[int, int], list[str]] = {}
     reserved: dict[tuple[int, int], Mapping[str, Any]] = {}
     ended = False
@@ -154,14 +158,22 @@ def _chosen(where: str, reserved: Mapping[str, Any], sealed: Mapping[str, Any]) 
 def _spending(ledger: Ledger, population: str) -> Iterator[str]:
     """What the population's spending leaves out."""
     due: Leaves = Counter()
-    for run in ledger.runs(population):
-        entries = ledger.entries(run.run)
-        plan = leaves(from_json(entries[0].data["plan"]))
+    sweeps: Counter[SelectDpEvent] = Counter()
+    opened = {run.run: ledger.entries(run.run) for run in ledger.runs(population)}
+    for run, entries in opened.items():
+        plan, chosen = parts(from_json(entries[0].data["plan"]))
+        sweeps += chosen
+        unpaid = list(_unpaid(run, opened))
+        yield from unpaid
+        if entries[0].data["facts"].get("within") is not None and not unpaid:
+            continue
         ended = any(entry.kind in ("finish", "close") for entry in entries)
         drawn = _charged(entry for entry in entries if entry.kind == "reserve")
         # a reservation that was sent counts as drawn: a client may have added the noise
         due += drawn if ended and not any(leaf.is_sampled for leaf in plan) else plan | drawn
-    spent = leaves(ledger.spent(population))
+    spent, best = parts(ledger.spent(population))
+    if sweeps - best:
+        yield f"population {population} has not spent all of its sweeps"
     for leaf, count in due.items():
         if spent[leaf] < count:
             yield (
@@ -169,6 +181,35 @@ def _spending(ledger: Ledger, population: str) -> Iterator[str]:
                 f" {leaf.noise_multiplier!r} and sampling_prob {leaf.sampling_prob!r}, but {count}"
                 " are due"
             )
+
+
+def _unpaid(run: str, opened: Mapping[str, list[Entry]]) -> Iterator[str]:
+    """Why a run that says to be within a sweep was not paid for by it."""
+    first = opened[run][0]
+    facts = dict(first.data["facts"])
+    within = facts.pop("within", None)
+    if within is None:
+        return
+    if within not in opened or opened[within][0].number >= first.number:
+        yield f"run {run} is within {within}, which was not committed before it"
+        return
+    told = facts.pop("selection", {})
+    paid = opened[within][0].data
+    if [one for one, entries in opened.items() if _within(entries) == within] != [run]:
+        yield f"sweep {within} shows more than one of its tries"
+    if facts not in paid["facts"].get("settings", []):
+        yield f"run {run} has settings that sweep {within} did not try"
+    if told.get("event") != paid["plan"] or len(paid["plan"]) != 1:
+        yield f"run {run} tells another price than sweep {within} was committed with"
+    if first.data["plan"] not in paid["plan"][0].get("tries", []):
+        yield f"run {run} asks other sums than a try of sweep {within}"
+    if paid["plan"][0].get("count") != 1:
+        yield f"sweep {within} is committed more than once"
+
+
+def _within(entries: list[Entry]) -> Any:
+    """The sweep that a run says to be within."""
+    return entries[0].data["facts"].get("within")
 
 
 def _charged(reservations: Iterable[Entry]) -> Leaves:

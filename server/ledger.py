@@ -14,13 +14,17 @@ is sent and takes one sum out of that plan, each (round, attempt) once; nothing 
 at any moment, and after a crash at any moment, every noise that was drawn belongs to a
 reservation, every reservation to a plan, and both are on the disk. A run that ended counts as
 its reservations, or as its whole plan: see `Ledger.spent`.
+
+A sweep is a run whose plan is the best of a secret number of tries. Nothing is ever reserved under
+it, and it counts whole for ever. One run, the try that is shown, may be `within` it: it is paid
+for.
 """
 
 import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -39,6 +43,8 @@ from .chain import Chain, Entry
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
+
+WON = ("within", "selection")  # facts that a sweep's shown try has beside those of its settings
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -202,23 +208,25 @@ class Ledger:
           population: Whose budget pays. Its first run registers it with its cap and its unit.
           cap: The most that all runs of the population together may spend.
           event: Cost of the whole run.
-          facts: Whatever else is fixed for the run, plain data. Two facts are read here:
+          facts: Whatever else is fixed for the run, plain data. Three facts are read here:
             `"unit"`, a mapping whose `"column"` must be the same in all runs of a population, for
-            epsilons of users and of records do not add up; and `"placement"`: under `"central"` a
-            sum is sealed only after `draw`.
+            epsilons of users and of records do not add up; `"placement"`: under `"central"` a
+            sum is sealed only after `draw`; and `"within"`: the sweep that has paid for the run.
 
         Raises:
           BudgetExceeded: The cap does not hold it. Nothing was written.
           ConfigError: The cap or the unit is not the population's, or the run was closed.
-          SecurityRefusal: The run is committed with another plan or other facts.
+          SecurityRefusal: The run is committed with another plan or other facts, or the sweep that
+            it is within did not pay for it.
 
         Privacy:
           The check is that epsilon, at the cap's delta, of everything committed on the population
           and of this plan stays within the cap. Where all sums are unsampled this holds however
           the plan was chosen, for Gaussian DP composes fully adaptively (Smith and Thakurta, 2022,
           "Fully Adaptive Composition for Gaussian Differential Privacy", arXiv 2210.17520).
-          Where some are Poisson-sampled it holds for plans that were not chosen by looking at
-          what earlier runs on the same population gave; within a run the plan is fixed anyway.
+          Where some are Poisson-sampled, or there is a sweep, it holds for plans that were not
+          chosen by looking at what earlier runs on the same population gave; within a run the plan
+          is fixed anyway.
         """
         from ..core import accounting
 
@@ -247,9 +255,12 @@ class Ledger:
             else:
                 data = {"epsilon": float(cap.epsilon), "delta": cap.delta, "unit": unit}
                 self._chain.append("population", population, data=data)
+            if facts.get("within") is not None:
+                self._check_within(Run(run, population, "", event, facts, "open"))
             spent = self._spent(population)
             before = accounting.epsilon_of(spent, cap.delta)
-            after = accounting.epsilon_of(accounting.compose([spent, event]), cap.delta)
+            due = [spent] if facts.get("within") is not None else [spent, event]
+            after = accounting.epsilon_of(accounting.compose(due), cap.delta)
             if not after <= cap.epsilon:
                 raise BudgetExceeded(
                     f"run {run!r} would bring epsilon of population {population!r} to"
@@ -552,7 +563,8 @@ class Ledger:
           what was seen, frees the rest (beside sampled runs of the same population, with the
           caveat of `open_run`). If its plan holds any Poisson-sampled sum, it counts as
           its whole plan for ever: for privacy loss distributions no theorem allows to stop on
-          what was seen and pay for the rounds so far only.
+          what was seen and pay for the rounds so far only. So does a sweep, and the one run within
+          it costs nothing more.
         """
         with self._chain.reading():
             return self._spent(population)
@@ -674,13 +686,30 @@ class Ledger:
 
     def _spent(self, population: str) -> "DpEvent":
         """`spent`, inside a transaction."""
-        from ..core.accounting import event_of
+        from ..core.accounting import compose, event_of, parts
 
         total: Leaves = Counter()
-        for run in self._runs(population):
-            plan = _plan(run)
-            total += plan if run.state == "open" or _is_sampled(plan) else self._reserved(run.run)
-        return event_of(total)
+        sweeps: list[DpEvent] = []
+        runs = self._runs(population)
+        for run in runs:
+            plan, chosen = parts(run.event)
+            if chosen:
+                sweeps.append(run.event)
+            elif not is_paid(run, runs):
+                ended = run.state != "open" and not _is_sampled(plan)
+                total += self._reserved(run.run) if ended else plan
+        return compose([event_of(total), *sweeps])
+
+    def _check_within(self, run: Run) -> None:
+        """Refuse a run that says that a sweep has paid for it, if that is not so."""
+        runs = [*self._runs(run.population), run]
+        sweep = next((r for r in runs if r.run == run.facts["within"]), None)
+        if sweep is None or sweep.state != "open" or not is_paid(run, runs):
+            raise SecurityRefusal(
+                f"run {run.run!r} is not the try that sweep {run.facts['within']!r} has paid for:"
+                " that must be open, of the same population, hold these settings and these sums,"
+                " and have shown no other try. Nothing was written"
+            )
 
     def _cap(self, population: str) -> Budget:
         """The budget that holds for a population."""
@@ -730,6 +759,33 @@ def _plan(run: Run) -> Leaves:
     from ..core.accounting import leaves
 
     return leaves(run.event)
+
+
+def is_paid(run: Run, runs: Sequence[Run]) -> bool:
+    """Whether a run is the one try of a sweep that is shown, so that the sweep has paid for it.
+
+    Args:
+      run: The run.
+      runs: All runs of its population, itself among them.
+    """
+    from ..core.accounting import parts, to_json
+
+    within, own = run.facts.get("within"), parts(run.event)
+    sweeps = [other for other in runs if other.run == within]
+    shown = [other for other in runs if other.facts.get("within") == within]
+    if within is None or own[1] or len(sweeps) != 1 or len(shown) != 1:
+        return False
+    sums, chosen = parts(sweeps[0].event)
+    if sums or list(chosen.values()) != [1] or not all(best.holds(own[0]) for best in chosen):
+        return False
+    settings = {key: value for key, value in run.facts.items() if key not in WON}
+    offered = [canonical(one) for one in sweeps[0].facts.get("settings", ())]
+    told = run.facts.get("selection")
+    return (
+        canonical(settings) in offered
+        and isinstance(told, Mapping)
+        and told.get("event") == to_json(sweeps[0].event)
+    )
 
 
 def _is_sampled(plan: Leaves) -> bool:

@@ -5,6 +5,7 @@ import json
 import math
 import secrets
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,30 @@ from ..strategies.registry import build_strategy, settings_of
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
+    from ..core.selection import SelectDpEvent
+
 UNFINISHED = ".unfinished"
+SWEEP = "sweep.json"  # in a working folder: it is a private sweep's
+
+
+@dataclass(frozen=True)
+class Won:
+    """That a run is the try of a sweep that is shown, which the sweep has paid for.
+
+    Attributes:
+      sweep: The sweep's run.
+      grid: What was tried, by key; public.
+      event: What the whole sweep costs.
+    """
+
+    sweep: str
+    grid: Mapping[str, Sequence[Any]]
+    event: "SelectDpEvent"
+
+    def to_json(self) -> dict[str, Any]:
+        """What a card tells of it."""
+        grid = {key: list(values) for key, values in self.grid.items()}
+        return {"grid": grid, "event": accounting.to_json(self.event)}
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,7 @@ class Plan:
       strategy: The method.
       noise_multiplier: The method's noise dial, calibrated to the budget.
       event: What the whole run costs.
+      won: Set where a sweep has paid for the run.
     """
 
     run: str
@@ -46,11 +71,13 @@ class Plan:
     strategy: Strategy
     noise_multiplier: float
     event: "DpEvent"
+    won: Won | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the ledger commits beside the event; a resumed run must match it."""
-        config = self.config
+        config, won = self.config, self.won
+        told = {} if won is None else {"within": won.sweep, "selection": won.to_json()}
         return {
             "strategy": config.strategy.name,
             "settings": json.loads(settings_of(self.strategy)),
@@ -65,6 +92,7 @@ class Plan:
             "noise_multiplier": self.noise_multiplier,
             "quorum": config.engine.quorum,
             "seed": config.seed,
+            **told,
         }
 
     @property
@@ -86,8 +114,19 @@ class Plan:
         return sample_rng(self.config.seed)
 
 
-def plan_of(config: RunConfig, *, run: str | None = None) -> Plan:
+def plan_of(
+    config: RunConfig,
+    *,
+    run: str | None = None,
+    paid: Callable[["DpEvent"], "DpEvent"] = lambda event: event,
+) -> Plan:
     """The plan of a run; reads the schema, never the data, and asks nobody.
+
+    Args:
+      config: The run.
+      run: Its identity; `None`: a new one.
+      paid: What the budget is to hold where the run costs such an event; the event itself but for
+        the tries of a sweep.
 
     Raises:
       ConfigError: A setting, the strategy or the budget cannot be.
@@ -110,7 +149,7 @@ def plan_of(config: RunConfig, *, run: str | None = None) -> Plan:
             " strategy or setting that needs noisy sums alone, as aim with select = 'sums'"
         )
     budget = config.run_budget
-    noise = accounting.calibrate(lambda z: strategy.event(schema, z), budget)
+    noise = accounting.calibrate(lambda z: paid(strategy.event(schema, z)), budget)
     event = strategy.event(schema, noise)
     if config.unit.max_clients > 1 and any(leaf.is_sampled for leaf in accounting.leaves(event)):
         raise ConfigError(
@@ -179,6 +218,10 @@ def unfinished(path: Path) -> Plan:
         release = Path(str(folder).removesuffix(UNFINISHED))
         if (release / "card.json").exists():
             raise ConfigError(f"finished already: {release}; there is nothing to resume")
+        if (folder / SWEEP).exists():
+            raise ConfigError(
+                f"{folder} is a private sweep's; go on with: fedsynth sweep --resume {folder}"
+            )
         raise ConfigError(f"{path} is not an unfinished run: it holds no run.json")
     run, config = read_started(found)
     return plan_of(config, run=run)

@@ -56,6 +56,7 @@ from .transcript import ENTRIES, NOISY_SUMS, Transcript, tensors_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from dp_accounting.dp_event import DpEvent
 
     from .planned import Plan
 
@@ -294,8 +295,8 @@ def write_release(
 
 def card_of(plan: "Plan", *, num_records: int, noise_is_secret: bool) -> Card:
     """The card of a planned run, but for what `save` fills in: its rounds and files."""
-    config = plan.config
-    price = accounting.price(plan.event, config.run_budget.delta)
+    config, delta = plan.config, plan.config.run_budget.delta
+    price = accounting.price(plan.event if plan.won is None else plan.won.event, delta)
     described = canonical(config.model_dump(mode="json", by_alias=True))
     return Card(
         run=plan.run,
@@ -306,7 +307,7 @@ def card_of(plan: "Plan", *, num_records: int, noise_is_secret: bool) -> Card:
         num_users=config.population.num_users,
         budget=config.run_budget.epsilon,
         epsilon=price.epsilon,
-        delta=config.run_budget.delta,
+        delta=delta,
         accountant=price.accountant,
         rdp_epsilon=price.rdp_epsilon,
         event=accounting.to_json(plan.event),
@@ -315,6 +316,7 @@ def card_of(plan: "Plan", *, num_records: int, noise_is_secret: bool) -> Card:
         strategy=config.strategy.name,
         settings=plan.facts["settings"],
         caution=caution_of(plan.strategy),
+        selection={} if plan.won is None else plan.won.to_json(),
         describes=describes_of(plan.strategy),
         noise_multiplier=plan.noise_multiplier,
         aggregator=config.noise.aggregator,
@@ -540,6 +542,8 @@ def _check_plan(release: Release) -> str:
         "seed": card.seed,
     }
     told = committed["facts"]
+    if told.get("selection", {}) != card.selection or ("within" in told) != bool(card.selection):
+        raise SecurityRefusal(f"{CARD} and {ENTRIES} differ in the sweep that the run is from")
     wrong = [key for key, value in facts.items() if key not in told or told[key] != value]
     if wrong:
         raise SecurityRefusal(
@@ -553,7 +557,8 @@ def _check_epsilon(release: Release) -> str:
     """The claim is the price of the plan, and no less than the price of what was reserved."""
     card, transcript = release.card, release.transcript
     plan = accounting.from_json(transcript.committed["plan"])
-    planned = accounting.epsilon_of(plan, card.delta)
+    paid = _paid(card, plan)
+    planned = accounting.epsilon_of(paid, card.delta)
     for number, asked in enumerate(transcript.rounds):
         before = [
             r for r in transcript.rounds[:number] if asked.series and r.series == asked.series
@@ -568,7 +573,7 @@ def _check_epsilon(release: Release) -> str:
     reserved = accounting.epsilon_of(accounting.event_of(charged), card.delta)
     if not math.isclose(card.epsilon, planned, rel_tol=1e-6):
         raise SecurityRefusal(
-            f"{CARD} claims epsilon {card.epsilon!r}, but the committed plan costs {planned!r}"
+            f"{CARD} claims epsilon {card.epsilon!r}, but what was committed costs {planned!r}"
         )
     if not reserved <= card.epsilon * (1 + 1e-6):
         raise SecurityRefusal(
@@ -576,10 +581,23 @@ def _check_epsilon(release: Release) -> str:
         )
     if not planned <= card.budget * (1 + 1e-6):
         raise SecurityRefusal(f"the plan costs {planned!r}, above the budget of {card.budget!r}")
+    whole = "the plan" if paid is plan else "the whole sweep"
     return (
-        f"{planned:.4f} for the plan, {reserved:.4f} for what was asked (claimed"
+        f"{planned:.4f} for {whole}, {reserved:.4f} for what was asked (claimed"
         f" {card.epsilon:.4f}, delta {card.delta:g})"
     )
+
+
+def _paid(card: Card, plan: "DpEvent") -> "DpEvent":
+    """What a run's budget paid for: its plan, or the sweep that the run is the best try of."""
+    if not card.selection:
+        return plan
+    paid = accounting.from_json(card.selection["event"])
+    sums, chosen = accounting.parts(paid)
+    own = accounting.leaves(plan)
+    if sums or list(chosen.values()) != [1] or not all(best.holds(own) for best in chosen):
+        raise SecurityRefusal(f"{ENTRIES} holds a plan that is none of the tries on {CARD}")
+    return paid
 
 
 def _check_sums(release: Release) -> str:

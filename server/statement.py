@@ -3,11 +3,15 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..core.accounting import epsilon_of, event_of, leaves
+from ..core.accounting import compose, epsilon_of, event_of, parts
 from ..core.errors import ConfigError
 from ..core.leaf import Leaves, num_rounds_of
-from .ledger import Ledger, RoundState, Run, Stage
+from .ledger import Ledger, RoundState, Run, Stage, is_paid
+
+if TYPE_CHECKING:
+    from dp_accounting.dp_event import DpEvent
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ def statement(ledger: Ledger, population: str) -> list[Row]:
     """Every charge to a population; the last line's total is what `Ledger.spent` costs.
 
     A run of unsampled sums has a line a round, and while it is open one for what it may still
-    ask. A run with sampled sums has one line, for it is charged as a whole.
+    ask. A run with sampled sums has one line, for it is charged as a whole. So has a sweep, and the
+    run within it has one that costs nothing.
 
     Raises:
       ConfigError: There is no such population.
@@ -49,30 +54,39 @@ def statement(ledger: Ledger, population: str) -> list[Row]:
             f"population {population!r} is not on {ledger.path}; it holds:"
             f" {', '.join(found) or 'none'}"
         )
-    lines: list[tuple[int, str, Run, str, Leaves, str]] = []  # (entry number, ...)
-    for run in ledger.runs(population):
-        plan = leaves(run.event)
+    lines: list[tuple[int, str, Run, str, DpEvent, str]] = []  # (entry number, ...)
+    runs = ledger.runs(population)
+    for run in runs:
+        plan, chosen = parts(run.event)
         entries = ledger.entries(run.run)
+        if chosen:
+            what = ", ".join(f"the best of about {best.mean:g} secret tries" for best in chosen)
+            lines.append((entries[0].number, run.when, run, what, run.event, run.state))
+            continue
+        if is_paid(run, runs):
+            what = f"the best try, paid for by {run.facts['within']}"
+            lines.append((entries[0].number, run.when, run, what, event_of({}), run.state))
+            continue
         if any(leaf.is_sampled for leaf in plan):
             what = f"all {num_rounds_of(plan)} rounds"
-            lines.append((entries[0].number, run.when, run, what, plan, run.state))
+            lines.append((entries[0].number, run.when, run, what, event_of(plan), run.state))
             continue
         reserved = [entry for entry in entries if entry.kind == "reserve"]
         for entry, state in zip(reserved, ledger.attempts(run.run), strict=True):
             cost: Leaves = Counter() if state.goes_on else Counter([state.leaf])
             what = f"{state.query}, round {state.round}"
             shown = _shown(state, run)
-            lines.append((entry.number, entry.time, run, what, cost, shown))
+            lines.append((entry.number, entry.time, run, what, event_of(cost), shown))
             plan.subtract(cost)
         if run.state == "open" and +plan:
             last, what = entries[-1], f"{num_rounds_of(+plan)} rounds to come"
-            lines.append((last.number, last.time, run, what, +plan, "committed"))
-    total: Leaves = Counter()
+            lines.append((last.number, last.time, run, what, event_of(+plan), "committed"))
+    total = event_of({})
     delta, unit = found[population].cap.delta, found[population].unit
     rows = []
     for _, when, run, what, cost, state_ in sorted(lines, key=lambda line: line[0]):
-        total.update(cost)
-        alone, so_far = epsilon_of(event_of(cost), delta), epsilon_of(event_of(total), delta)
+        total = compose([total, cost])
+        alone, so_far = epsilon_of(cost, delta), epsilon_of(total, delta)
         rows.append(Row(when, run.run, what, unit, alone, so_far, state_))
     return rows
 

@@ -36,6 +36,7 @@ from ..core.texts import as_texts
 from ..models.live import make
 from ..strategies.discovered import Discovered
 from ..strategies.registry import built, settings_of
+from ..strategies.scored import Scored
 
 if TYPE_CHECKING:
     from ..core.randomness import KeyStream
@@ -225,8 +226,10 @@ class _Trial:
     def settings_survive(self) -> None:
         settings = json.loads(settings_of(self.strategy))
         wraps = isinstance(self.strategy, Discovered)
-        kind = type(self.strategy.inner if isinstance(self.strategy, Discovered) else self.strategy)
-        again = built(kind, settings, "strategy", is_open=wraps)
+        method = self.strategy
+        while isinstance(method, Discovered | Scored):
+            method = method.inner
+        again = built(type(method), settings, "strategy", is_open=wraps)
         if again != self.strategy:
             raise Broken(f"{settings_of(self.strategy)} reads back as {settings_of(again)}")
 

@@ -250,8 +250,18 @@ def sweep(
         Path | None, typer.Option(help="A release to try them on, instead: synthetic records.")
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Say what it would cost on the private records.")
+        bool,
+        typer.Option("--private", help="Try them on the private records, and show the best alone."),
     ] = False,
+    tries: Annotated[
+        float | None, typer.Option(help="With --private: how many tries, on average.")
+    ] = None,
+    price: Annotated[
+        bool, typer.Option("--price", help="With --private: say what it costs, and try nothing.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with a private sweep that was stopped: its folder.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Tries of each setting.")] = 1,
     score: Annotated[
         str | None, typer.Option(metavar="accuracy|variation", help="What settings compare by.")
@@ -261,17 +271,25 @@ def sweep(
     ] = None,
     format: FormatOption = Format.TEXT,  # noqa: A002
 ) -> None:
-    """Try settings on public or synthetic records: free. Ctrl-C keeps what was tried."""
+    """Try settings, on public or synthetic records: free. Ctrl-C keeps what was tried."""
     from ..core.config import read_config
     from .init import check_filled
     from .stand_ins import Source
-    from .sweep import Try, parse_grid, refuse_private, said
+    from .sweep import Try, parse_grid, said
     from .sweep import sweep as do_sweep
 
+    if private or resume is not None:
+        if public or release or score or out or seeds != 1:
+            raise ConfigError(
+                "--private tries settings on the run's own records; it takes --grid, --tries and"
+                " --price alone"
+            )
+        _sweep_private(file, grid or [], tries, resume, price=price, format=format)
+        return
+    if tries is not None or price:
+        raise ConfigError("--tries and --price are for --private; a free sweep tries every setting")
     check_filled(file)
     config = read_config(file)
-    if private:
-        refuse_private(config, parse_grid(grid or []))
     source = Source.of(public, release)
     if score not in (None, "accuracy", "variation"):
         raise ConfigError(f"--score is accuracy or variation, not {score!r}")
@@ -316,6 +334,53 @@ def sweep(
         " there need not be best for the population.",
     )
     _say(console, f"Kept in {kept}; the same command goes on from there.")
+
+
+def _sweep_private(
+    file: Path,
+    grid: list[str],
+    tries: float | None,
+    resume: Path | None,
+    *,
+    price: bool,
+    format: Format,  # noqa: A002
+) -> None:
+    """Try settings on the private records, or go on with it, and print what is shown of it."""
+    from ..core.config import read_config
+    from ..core.randomness import OsKeyStream
+    from .finished import finished
+    from .init import check_filled
+    from .private_sweep import planned, private_sweep, resumed
+    from .sweep import parse_grid
+
+    if resume is not None:
+        asked = resumed(resume)
+    else:
+        check_filled(file)
+        asked = planned(read_config(file), parse_grid(grid), mean=tries)
+    console = _console()
+    quiet = format is Format.JSON
+    if not quiet:
+        _print_lines(console, asked.lines)
+    if price:
+        if quiet:
+            _json(asked.to_json())
+        else:
+            _say(console, "Nothing has been read or spent.")
+        return
+    if not quiet:
+        _say(console, "Trying. How far this is, is secret. Ctrl-C saves.")
+    folder = private_sweep(asked, stream=OsKeyStream())
+    done = finished(_near(folder), asked.config)
+    if quiet:
+        _json(done.to_json() | {"settings": done.card.settings})
+        return
+    for key in asked.grid:
+        name = key.split(".", 1)[1]
+        value = done.card.settings.get(name, done.card.strategy)
+        _say(console, f"Best: {key} = {json.dumps(value)}")
+    _print_lines(console, done.lines)
+    _say(console, f"Next: fedsynth verify {done.folder}")
 
 
 @app.command()

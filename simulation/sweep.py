@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Try settings of a run on records that are public, or synthetic: free, and never on private ones.
+"""Try settings of a run on records that are public, or synthetic: free, for nobody is asked.
 
 A point of the grid is a run file with some keys changed. It is learned from stand-ins for the
 population, as many as it declares users, with the noise that its budget calls for, and judged on
@@ -15,18 +15,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 
 from .. import __version__
-from ..core import accounting
 from ..core.config import RunConfig, parse_config
 from ..core.errors import ConfigError
 from ..core.records import Records
 from ..core.schema import Schema
 from ..core.seeds import rounds_rng, sample_rng
-from ..core.selection import Tries, selection_epsilon
 from ..core.wire import canonical
 from ..server.planned import Plan, plan_of
 from .direct import direct_run
@@ -228,27 +226,6 @@ def sweep(
     rows = [_row(plans[index][0], of_point) for index, of_point in tries.items()]
     rows.sort(key=lambda row: row.mean, reverse=chosen == "accuracy")
     return Sweep(source.said, chosen, config.run_budget.epsilon, (*rows, *refused))
-
-
-def refuse_private(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> NoReturn:
-    """Say what the same tries would cost on the population's own records, and try none.
-
-    Raises:
-      ConfigError: Always.
-    """
-    plans, _ = _planned(config, points_of(grid))
-    budget, events = config.run_budget, [plan.event for _, plan in plans]
-    once = max(accounting.epsilon_of(event, budget.delta) for event in events)
-    mean = max(2.0, float(len(events)))
-    best = selection_epsilon(events, mean=mean, law=Tries.LOGARITHMIC, delta=budget.delta)
-    every = accounting.epsilon_of(accounting.compose(events), budget.delta)
-    raise ConfigError(
-        "settings are not tried on private records here. One run costs epsilon"
-        f" {once:.3g}; all {len(events)} as runs of their own, {every:.3g}, which is what each of"
-        f" them would charge; the best of a random, secret number of tries, {mean:g} on average and"
-        f" nothing shown of the others, {best:.3g} at least. Nothing was asked or spent; try them"
-        " on records that are public or of a release, which is free"
-    )
 
 
 def _values(text: str) -> list[Any]:

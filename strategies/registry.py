@@ -12,7 +12,9 @@ from ..core.query import Strategy
 from ..core.synthesizer import Synthesizer
 from ..core.wire import canonical
 from .discovered import Discovered
+from .scored import Scored
 
+_SCORE = [f.name for f in dataclasses.fields(Scored) if f.name.startswith("score_")]
 _DOMAIN = [f.name for f in dataclasses.fields(Discovered) if f.name.startswith("domain_")]
 
 STRATEGIES = {
@@ -69,7 +71,8 @@ def build_strategy(name: str, settings: Mapping[str, Any], *, is_open: bool = Fa
 
     Args:
       name: Its name.
-      settings: Its fields; those of `Discovered`, which begin with `domain_`, among them.
+      settings: Its fields; those of `Discovered`, which begin with `domain_`, and of `Scored`,
+        which begin with `score_`, among them.
       is_open: The schema has open columns, so that their domains are to be found first.
 
     Raises:
@@ -91,10 +94,20 @@ def built(
                     f"{where}: unknown key {key!r}: it is for schemas with open columns (categories"
                     ' or bounds = "private"), and here there are none; leave it out'
                 )
-        return build(kind, settings, where)
+        return _scored(kind, settings, where)
     own = {key: value for key, value in settings.items() if not key.startswith("domain_")}
     domain = {key: value for key, value in settings.items() if key.startswith("domain_")}
-    return build(Discovered, {"inner": build(kind, own, where), **domain}, where)
+    return build(Discovered, {"inner": _scored(kind, own, where), **domain}, where)
+
+
+def _scored(kind: type[Strategy], settings: Mapping[str, Any], where: str) -> Strategy:
+    """A strategy of a class; where its settings share a budget with a score, with that."""
+    fields = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    score = {key: settings[key] for key in _SCORE if key in settings and key not in fields}
+    if "score_share" not in score:
+        return build(kind, settings, where)
+    own = {key: value for key, value in settings.items() if key not in score}
+    return build(Scored, {"inner": build(kind, own, where), **score}, where)
 
 
 def build_aggregator(name: str, settings: Mapping[str, Any]) -> Aggregator:
@@ -111,8 +124,9 @@ def build_aggregator(name: str, settings: Mapping[str, Any]) -> Aggregator:
 def settings_of(strategy: Strategy) -> str:
     """A strategy's settings as canonical JSON; `build_strategy` reads them back."""
     settings = dataclasses.asdict(strategy)  # type: ignore[call-overload]
-    if isinstance(strategy, Discovered):
+    while isinstance(strategy, Discovered | Scored):
         settings |= settings.pop("inner")
+        strategy = strategy.inner
     return canonical(settings)
 
 

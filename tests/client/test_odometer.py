@@ -26,6 +26,7 @@ from fedsynth.core.errors import ClientCode, ConfigError, FedsynthError, Securit
 from fedsynth.core.leaf import Leaf
 from fedsynth.core.privacy import Budget, NoisePlacement
 from fedsynth.core.query import Query
+from fedsynth.core.selection import Tries
 from fedsynth.core.series import Series, Turn
 from fedsynth.core.wire import Ask, canonical
 
@@ -790,3 +791,12 @@ def test_what_a_stopped_run_kept_for_its_echoes_goes_when_the_next_is_joined(in_
     assert list(in_turn.earlier(in_series(1))) == []
     del in_turn._kept
     assert b"own sum" not in in_turn._path.read_bytes()
+
+
+def test_a_plan_of_secret_tries_is_no_plan_to_a_client(tmp_path):
+    best = accounting.select([GaussianDpEvent(100.0)], mean=2, law=Tries.GEOMETRIC)
+    odometer = Odometer(tmp_path / "odometer.db", "here")
+
+    for plan in (best, accounting.compose([PLAN, best])):
+        assert odometer.join(ask_of(plan=plan_of(plan)), cap=CAP) is ClientCode.MALFORMED
+    assert odometer.populations() == []

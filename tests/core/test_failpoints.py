@@ -53,4 +53,4 @@ def test_every_fail_point_in_the_package_has_a_name_here_and_every_name_is_somew
             for step in re.findall(r'\.writing\("([a-z-]+)"\)', text):
                 found |= {f"before-{step}", f"after-{step}"}
 
-    assert found == set(failpoints.NAMES)
+    assert found == {*failpoints.NAMES, *failpoints.IN_SWEEPS}

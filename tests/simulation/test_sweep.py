@@ -273,19 +273,3 @@ def test_the_local_placement_is_tried_with_its_own_noise(folder):
     )
 
     assert other > 1.3 * one
-
-
-def test_a_private_sweep_is_priced_and_not_run(folder):
-    told = CliRunner().invoke(
-        app,
-        [
-            *("sweep", str(folder / "run.toml"), "--private", "--format", "json"),
-            *("--grid", "strategy.max_norm=1,1.5,2"),
-        ],
-    )
-
-    message = json.loads(told.stdout)["error"]
-    assert told.exit_code == ConfigError.exit_code
-    assert "One run costs epsilon 1;" in message
-    assert "Nothing was asked or spent" in message
-    assert not (folder / "ledger.db").exists()
