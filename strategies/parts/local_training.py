@@ -70,7 +70,7 @@ def updates(
     torch = torch_for_training()  # for nobody, too: a client that lacks it says so at once
     device = device_for(torch)
     model.check_fit(weights)
-    rows = np.zeros((shard.num_users, model.num_weights), dtype=np.float32)
+    rows = np.empty((shard.num_users, model.num_weights), dtype=np.float32)
     if not shard.num_users:
         return rows
     beside = training.per_user == "vmap" or (training.per_user == "auto" and model.side_by_side)
@@ -82,7 +82,7 @@ def updates(
             return rows
         alone = ~side_by_side(*task, shard, training, seed, chance, rows)
         if alone.any():
-            left = np.zeros((int(alone.sum()), model.num_weights), dtype=np.float32)
+            left = np.empty((int(alone.sum()), model.num_weights), dtype=np.float32)
             _loop(*task, shard.only(alone), training, seed, chance, left)
             rows[alone] = left
     return rows
