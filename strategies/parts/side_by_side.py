@@ -91,14 +91,23 @@ def side_by_side(
                 at = torch.from_numpy((np.stack(rank) + firsts[:, None])[filled]).to(device)
                 drawn = torch.from_numpy(taken[filled]).to(device)
                 batches.append((tuple(p[at] for p in seen), tuple(p[drawn] for p in chance[step])))
-            change = steps(batches, torch.from_numpy(share[filled]).to(device))
-            start = 0
-            for part in change.values():
-                width = math.prod(part.shape[1:])
-                flat = part[: len(some)].reshape(len(some), width).cpu().numpy()
-                rows[some, start : start + width] = flat
-                start += width
+            slopes = steps(batches, torch.from_numpy(share[filled]).to(device))
+            _write(rows, some, slopes, np.float32(-training.lr))
+            slopes.clear()  # before the next are made
     return done
+
+
+def _write(
+    rows: NDArray[np.float32], users: NDArray[np.intp], slopes: Mapping[str, Any], step: np.float32
+) -> None:
+    """Put a chunk's slopes times a step into the rows of its users."""
+    start = 0
+    for part in slopes.values():
+        width = math.prod(part.shape[1:])
+        flat = part[: len(users)].reshape(len(users), width).cpu().numpy()
+        for place, user in enumerate(users):  # row by row is faster than by an index
+            np.multiply(flat[place], step, out=rows[user, start : start + width])
+        start += width
 
 
 def _chunks(num_users: int, allowed: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -137,7 +146,7 @@ def _padded(num_records: int, batch: int | None) -> int:
 class _Steps:
     """Gradient steps of a chunk of users from common weights.
 
-    What a call gives stands in memory that the next call in this thread writes to.
+    What a call gives may stand in memory that the next call in this thread writes to.
     """
 
     def __init__(
@@ -163,25 +172,25 @@ class _Steps:
     def __call__(
         self, batches: Sequence[tuple[tuple[Any, ...], tuple[Any, ...]]], share: Any
     ) -> dict[str, Any]:
-        """Each user's change of each weight, `(num_users, *shape)`.
+        """Each user's sum of slopes of each weight, `(num_users, *shape)`; `-lr` times that is won.
 
         Args:
           batches: Records and chance of each step, `(num_users, num_records, ...)`.
           share: Weight of each record in the loss, `(num_users, num_records)`.
         """
-        flat, moved = _memory(self.torch, self.device, len(share), len(self._start))
-        change, now = self._parts(flat), self._parts(self._start.expand(len(share), -1))
+        memory = _memory(self.torch, self.device, len(share), len(self._start))
+        moved, sums = (self._parts(part) for part in memory)
+        start, slopes = self._parts(self._start.expand(len(share), -1)), {}
         for number, (seen, chance) in enumerate(batches):
-            if number:
-                self.torch.add(flat, self._start, out=moved)
-                now = self._parts(moved)
-            slopes = self._slopes(now, seen, chance, share)
-            for name, part in change.items():
-                if number:
-                    part.sub_(slopes[name], alpha=self._lr)
-                else:
-                    self.torch.mul(slopes[name], -self._lr, out=part)
-        return change
+            if not number:
+                slopes = self._slopes(start, seen, chance, share)
+                continue
+            for name, part in moved.items():
+                self.torch.add(start[name], slopes[name], alpha=-self._lr, out=part)
+            more = self._slopes(moved, seen, chance, share)
+            for name, part in sums.items():
+                slopes[name] = self.torch.add(slopes[name], more.pop(name), out=part)
+        return {name: slopes[name] for name in start}
 
     def _parts(self, flat: Any) -> dict[str, Any]:
         """Views of each weight in memory that is aligned, `(num_users, *shape)`."""
