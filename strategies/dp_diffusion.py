@@ -219,7 +219,8 @@ class DpDiffusion(Training):
         fits = (layout.num_classes, layout.num_latents)
         if (
             centers is None
-            or (centers.shape, centers.dtype) != (fits, np.int32)
+            or centers.shape != fits
+            or centers.dtype != np.int32
             or (np.abs(centers.astype(np.int64)) > FARTHEST * STEPS).any()
         ):
             raise ConfigError("the request's centers do not fit the records it describes")

@@ -74,7 +74,7 @@ def updates(
     torch = torch_for_training()  # for nobody, too: a client that lacks it says so at once
     device = device_for(torch)
     model.check_fit(weights)
-    rows = np.zeros((shard.num_users, model.num_weights), dtype=np.float32)
+    rows = np.empty((shard.num_users, model.num_weights), dtype=np.float32)
     if not shard.num_users:
         return rows
     beside = training.per_user == "vmap" or (training.per_user == "auto" and model.side_by_side)
@@ -89,7 +89,7 @@ def updates(
             return rows
         alone = ~side_by_side(*task, made, shard, training, seed, chance, rows)
         if alone.any():
-            left = np.zeros((int(alone.sum()), model.num_weights), dtype=np.float32)
+            left = np.empty((int(alone.sum()), model.num_weights), dtype=np.float32)
             _loop(*task, shard.only(alone), training, seed, chance, left)
             rows[alone] = left
     return rows
@@ -186,11 +186,15 @@ def _by_slopes(
     rows: NDArray[np.float32],
 ) -> None:
     """`updates` of one step, by the model's own slopes of many users' records, into `rows`."""
+    rows[:] = 0
     flat = torch.from_numpy(np.array(weights, dtype=np.float32)).to(device)
     most = max(1, min(_READ_RECORDS, _SLOPES // model.num_weights))
-    owners, taken = [], []
+    owners: list[int] = []
+    taken: list[int] = []
     for user, (start, end) in enumerate(pairwise(shard.starts.tolist())):
-        own = places(end - start, training, seed=seed)[0] if end > start else []
+        if end == start:
+            continue
+        own = places(end - start, training, seed=seed)[0]
         owners += [user] * len(own)
         taken += [start + int(place) for place in own]
     for first in range(0, len(taken), most):

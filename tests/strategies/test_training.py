@@ -113,6 +113,21 @@ def test_a_strategy_of_flowers_that_draws_at_random_replays_and_moves_no_global_
     assert np.random.get_bit_generator().state["state"]["pos"] == bits
 
 
+@pytest.mark.parametrize(("waits_for", "most"), [(2, 2), (100, 128)])
+def test_a_strategy_of_flowers_is_shown_no_more_clients_from_round_to_round(
+    no_waiting, waits_for, most
+):
+    from fedsynth.strategies.parts.flower_optimizer import FlowerOptimizer
+
+    optimizer = FlowerOptimizer(FedAvg, "fedavg", {"min_available_nodes": waits_for}, 3)
+
+    for _ in range(20):
+        optimizer.moved(np.zeros(3), np.ones(3))
+
+    optimizer._nodes.starts_again()
+    assert len(list(optimizer._nodes.get_node_ids())) == most
+
+
 @pytest.mark.parametrize(("gives", "why"), [("nothing", "gave no arrays"), ("nan", "no numbers")])
 def test_a_strategy_of_flowers_that_makes_no_weights_is_refused(no_waiting, gives, why):
     with pytest.raises(ConfigError, match=why):
