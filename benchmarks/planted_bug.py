@@ -24,22 +24,17 @@ from typing import Any
 
 import numpy as np
 import tables
-from fedsynth.client.bounding import bound
-from fedsynth.client.shard import Shard
+import writers
 from fedsynth.core.errors import ConfigError
-from fedsynth.core.privacy import User
 from fedsynth.core.records import BoundedShard, Records
-from fedsynth.core.schema import Column, ImageColumn, Schema
 from fedsynth.simulation.direct import direct_run, prior
 from fedsynth.strategies.dp_fedavg_gan import DpFedAvgGan
 from measure import NOISE_ONLY, UNITS, Job, Runs, choices, dial_of, measure_all, measured, note_runs
+from writers import DELTA, TABLE
 
-TABLE = "mnist_writers"
 CLEAN, BUGGY = "clean", "buggy"
 EPSILON = 8.0
 LEVEL = f"epsilon={EPSILON:g}"
-DELTA = 1e-4
-MOST_RECORDS = 150  # of a writer
 NUM_SAMPLED = 1_000
 BRIGHT = 0.7  # of the range; noise alone leaves edges gray
 ALARM = 0.1  # share of bright images
@@ -124,27 +119,10 @@ def _population(who: str, seed: int, quick: bool) -> tables.Case:
     Raises:
       Missing: MNIST by writer is not on this machine.
     """
-    case = _digits() if quick else _writers()
+    case = _digits() if quick else writers.case_of(False)
     if who == CLEAN:
         return case
     return tables.Case(case.name, case.schema, with_bug(case.train, seed), case.test, case.delta)
-
-
-@lru_cache(maxsize=1)
-def _writers() -> tables.Case:
-    """MNIST by its writers."""
-    label = Column("label", "category", "public: ten digits", tuple("0123456789"))
-    image = ImageColumn("image", (28, 28, 1), "public: the scanner's format")
-    schema = Schema((label,), image, target="label")
-    path = tables.folder().parent / "image" / "mnist_writers_train.npz"
-    if not path.is_file():
-        raise tables.Missing(f"{path.name} is not at {path.parent}: nothing was measured")
-    with np.load(path, allow_pickle=False) as arrays:
-        codes = arrays["labels"].astype(np.int32)[:, None]
-        records = Records(codes, arrays["images"][..., None])
-        writers = arrays["writer_id"].astype(np.str_)
-    shard = bound(Shard(records, writers), User("writer", max_records=MOST_RECORDS), seed=0)
-    return tables.Case(TABLE, schema, shard, records.take(slice(0, 0)), DELTA)
 
 
 @lru_cache(maxsize=1)
