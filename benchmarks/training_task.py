@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The task that training is timed by, and who does it: ours, pfl, Flower's simulation, bare torch.
 
-50 users of 20 images each train a classifier: two local steps of 10 images, update clipped at 0.5,
+50 users of 20 images each train a classifier: two local steps of 10 images, update clipped at 0.03,
 summed, noised once at the server, 50 users a round. Peers train the very module of
 `peers/classifier.py`; ours is the same losses as a `Trainable`, and starts at the same weights.
 """
@@ -34,7 +34,7 @@ _HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(_HERE / "peers"))
 
 USERS, IMAGES, BATCH, STEPS = 50, 20, 10, 2
-CLIP, LOCAL_LR, SERVER_LR = 0.5, 0.1, 1.0
+CLIP, LOCAL_LR, SERVER_LR = 0.03, 0.1, 1.0
 SHAPES = {
     "cnn": {
         "conv1.weight": (16, 1, 5, 5),
@@ -144,17 +144,17 @@ class Train(Training):
         return Classifier(self.form)
 
 
-def settings(form: str, rounds: int) -> dict[str, Any]:
-    """Of our strategy."""
+def settings(form: str, rounds: int, *, pace: float = 1.0) -> dict[str, Any]:
+    """Of our strategy; `pace` times the usual local steps and clip."""
     return {
         "form": form,
         "num_users": USERS,
         "num_rounds": rounds,
         "sampling_prob": 1.0,
-        "clip": CLIP,
+        "clip": pace * CLIP,
         "local_steps": STEPS,
         "local_batch": BATCH,
-        "local_lr": LOCAL_LR,
+        "local_lr": pace * LOCAL_LR,
         "server_optimizer": "fedavg",
     }
 
@@ -302,7 +302,14 @@ def ours(form: str, rounds: int, out: Path) -> None:
     np.savez(out, cpu_s=np.array(ends), whole=time.process_time())
 
 
-def pfl(form: str, rounds: int, *, noise_multiplier: float, orders: NDArray[np.int64]) -> Spent:
+def pfl(
+    form: str,
+    rounds: int,
+    *,
+    noise_multiplier: float,
+    orders: NDArray[np.int64],
+    pace: float = 1.0,
+) -> Spent:
     """What pfl's simulation takes, in its own environment.
 
     Raises:
@@ -318,10 +325,10 @@ def pfl(form: str, rounds: int, *, noise_multiplier: float, orders: NDArray[np.i
         task, out = Path(folder) / "task.npz", Path(folder) / "out.npz"
         given = {
             "form": form,
-            "clip": CLIP,
+            "clip": pace * CLIP,
             "noise_multiplier": noise_multiplier,
             "server_lr": SERVER_LR,
-            "local_lr": LOCAL_LR,
+            "local_lr": pace * LOCAL_LR,
             "local_batch": BATCH,
             "local_epochs": 1,
         }

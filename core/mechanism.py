@@ -306,6 +306,8 @@ def _cell_sum(contribution: Contribution, query: Query, lattice: Lattice) -> NDA
     ):
         raise ConfigError(_MISSHAPEN)
     total = np.zeros(query.dim, dtype=np.int64)
+    if not len(users):
+        return total
     blocks = None if query.choice is None else query.choice.starts
     with np.errstate(over="ignore", invalid="ignore"):
         heights = np.clip(weights.astype(np.float64) / lattice.unit, -(2.0**40), 2.0**40)

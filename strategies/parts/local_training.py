@@ -157,7 +157,6 @@ def _loop(
     row = torch.empty(model.num_weights, dtype=torch.float32, device=device)
     change = model.split(row)
     for user, seen in _read(torch, device, model, shard, starts):
-        row.zero_()
         for step, taken in enumerate(taken_by(int(starts[user + 1] - starts[user]))):
             now = moved if step else first
             if step:
@@ -171,7 +170,10 @@ def _loop(
                 loss, list(now.values()), allow_unused=True, materialize_grads=True
             )
             for part, slope in zip(change.values(), slopes, strict=True):
-                part.sub_(slope, alpha=training.lr)
+                if step:
+                    part.sub_(slope, alpha=training.lr)
+                else:
+                    torch.mul(slope, -training.lr, out=part)
         torch.from_numpy(rows[user]).copy_(row)
 
 
