@@ -74,7 +74,7 @@ def updates(
     torch = torch_for_training()  # for nobody, too: a client that lacks it says so at once
     device = device_for(torch)
     model.check_fit(weights)
-    rows = np.empty((shard.num_users, model.num_weights), dtype=np.float32)
+    rows = np.zeros((shard.num_users, model.num_weights), dtype=np.float32)  # nobody else's memory
     if not shard.num_users:
         return rows
     beside = training.per_user == "vmap" or (training.per_user == "auto" and model.side_by_side)
@@ -89,7 +89,7 @@ def updates(
             return rows
         alone = ~side_by_side(*task, made, shard, training, seed, chance, rows)
         if alone.any():
-            left = np.empty((int(alone.sum()), model.num_weights), dtype=np.float32)
+            left = np.zeros((int(alone.sum()), model.num_weights), dtype=np.float32)
             _loop(*task, shard.only(alone), training, seed, chance, left)
             rows[alone] = left
     return rows
