@@ -33,6 +33,7 @@ _PIXEL_BANDS, _LATENT_BANDS = (0.15, 0.2), (1.0, 1.2)
 _EVEN = 0.6  # norm of a user of many images, all of one label; of many, it falls as their root
 _START: Literal["handwriting"] = "handwriting"
 _LEAST_SMOOTH = 0.8  # pixels
+_LARGE_SIDE, _NOISE_SMALL, _NOISE_LARGE = 16, 0.2, 0.5  # noise on pixels, by an image's side
 _SHAPE = (handwriting.SIDE, handwriting.SIDE, 1)
 
 _drawn = lru_cache(maxsize=1)(Features.draw)  # a client's blocks ask for the same, one by one
@@ -78,7 +79,8 @@ class DpMerf(Strategy):
         variance.
       smoothing: Of a network: radius over which neighboring pixels move together, in pixels.
         `None`: a fourteenth of the image's shorter side, and 0.8 at least.
-      pixel_noise: Of a network: noise on a synthetic pixel, as a fraction of its range.
+      pixel_noise: Of a network: noise on a synthetic pixel, as a fraction of its range. `None`:
+        0.2; 0.5 for images of 16 pixels a side and more.
 
     Privacy:
       The vector of a user is a mean over its records of `sqrt(1 - w^2)` times features of norm
@@ -106,7 +108,7 @@ class DpMerf(Strategy):
     learning_rate: float = 0.01
     shrinkage: float = 7.0
     smoothing: float | None = None
-    pixel_noise: float = 0.2
+    pixel_noise: float | None = None
     name: ClassVar[str] = "dp_merf"
 
     def __post_init__(self) -> None:
@@ -187,6 +189,7 @@ class DpMerf(Strategy):
     ) -> Synthesizer:
         """A network fitted to the target; without one, one that knows nothing."""
         side = 0 if schema.image is None else min(schema.image.shape[:2])
+        usual = _NOISE_SMALL if side < _LARGE_SIDE else _NOISE_LARGE
         fitting = Fitting(
             num_codes=self.num_codes,
             num_hidden=self.num_hidden,
@@ -195,7 +198,7 @@ class DpMerf(Strategy):
             learning_rate=self.learning_rate,
             shrinkage=self.shrinkage,
             smoothing=max(_LEAST_SMOOTH, side / 14) if self.smoothing is None else self.smoothing,
-            pixel_noise=self.pixel_noise,
+            pixel_noise=usual if self.pixel_noise is None else self.pixel_noise,
         )
         if target is None:
             return untrained(schema, label, fitting, rng)
