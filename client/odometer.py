@@ -34,10 +34,19 @@ _APPLICATION_ID = 0x66736F64  # "fsod"
 _VERSION = 2
 _BUSY_S = 60.0
 _MAX_PLAN_ENTRIES = 4096  # kinds of sums in one plan
-_MAX_SAMPLED_KINDS = 128  # pricing takes a fifth of a second for each, and others wait
+_MAX_SAMPLED_KINDS = 128  # pricing takes a fifth of a second for each
 _MAX_KINDS_OVER_RECORDS = 4  # of those, over several records of a user: up to five seconds each
 _MAX_ANSWER = 999_000_000  # bytes; SQLite holds a thousand million in a row
-_TABLES = """
+_SUMS = """
+CREATE TABLE sums (
+  client TEXT, run TEXT, noise_multiplier REAL, sampling_prob REAL, records INTEGER, rounds INTEGER,
+  planned INTEGER NOT NULL, reserved INTEGER NOT NULL CHECK (reserved <= planned),
+  PRIMARY KEY (client, run, noise_multiplier, sampling_prob, records, rounds)) WITHOUT ROWID;"""
+_SERIES = """
+CREATE TABLE series (
+  client TEXT, run TEXT, series TEXT, position INTEGER, total BLOB,
+  PRIMARY KEY (client, run, series, position));"""
+_TABLES = f"""
 CREATE TABLE names (client TEXT PRIMARY KEY, name TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE heads (
   client TEXT, server TEXT, number INTEGER NOT NULL, hash TEXT NOT NULL,
@@ -46,10 +55,7 @@ CREATE TABLE runs (
   client TEXT, population TEXT, run TEXT, commitment TEXT NOT NULL, digest TEXT NOT NULL,
   delta REAL NOT NULL, epsilon REAL NOT NULL,
   PRIMARY KEY (client, population, run)) WITHOUT ROWID;
-CREATE TABLE sums (
-  client TEXT, run TEXT, noise_multiplier REAL, sampling_prob REAL, records INTEGER, rounds INTEGER,
-  planned INTEGER NOT NULL, reserved INTEGER NOT NULL CHECK (reserved <= planned),
-  PRIMARY KEY (client, run, noise_multiplier, sampling_prob, records, rounds)) WITHOUT ROWID;
+{_SUMS}
 CREATE TABLE questions (
   client TEXT, run TEXT, round INTEGER, attempt INTEGER,
   digest TEXT NOT NULL, noise_here INTEGER NOT NULL, is_answered INTEGER NOT NULL DEFAULT 0,
@@ -58,23 +64,15 @@ CREATE TABLE answers (
   client TEXT, run TEXT, round INTEGER, attempt INTEGER,
   sha256 BLOB NOT NULL, total BLOB NOT NULL,
   PRIMARY KEY (client, run, round, attempt));
-CREATE TABLE series (
-  client TEXT, run TEXT, series TEXT, position INTEGER, total BLOB,
-  PRIMARY KEY (client, run, series, position));
+{_SERIES}
 """
-_FROM_1 = """
+_FROM_1 = f"""
 ALTER TABLE sums RENAME TO old_sums;
-CREATE TABLE sums (
-  client TEXT, run TEXT, noise_multiplier REAL, sampling_prob REAL, records INTEGER, rounds INTEGER,
-  planned INTEGER NOT NULL, reserved INTEGER NOT NULL CHECK (reserved <= planned),
-  PRIMARY KEY (client, run, noise_multiplier, sampling_prob, records, rounds)) WITHOUT ROWID;
+{_SUMS}
 INSERT INTO sums SELECT client, run, noise_multiplier, sampling_prob, 1, 1, planned, reserved
   FROM old_sums;
 DROP TABLE old_sums;
-CREATE TABLE series (
-  client TEXT, run TEXT, series TEXT, position INTEGER, total BLOB,
-  PRIMARY KEY (client, run, series, position));
-"""
+{_SERIES}"""  # noqa: S608  (both are constants)
 """What makes a file of version 1, which knew of neither records nor series, one of version 2."""
 
 
@@ -364,20 +362,22 @@ class Odometer:
 
     def _commit(self, ask: Ask, commitment: str, digest: str, cap: Budget) -> ClientCode | None:
         """Price the run beside all others and set it down, if the cap holds it."""
-        from ..core.accounting import compose, epsilon_of, leaves
+        from ..core.accounting import leaves
 
         try:
             plan = _event(ask.plan)
         except ConfigError:
             return ClientCode.MALFORMED
+        if any(leaf.is_sampled for leaf in leaves(plan)):
+            # seconds, in which no other client of the file should wait; the price below is kept
+            self._priced(ask.population, plan, cap)
         with self._store.transaction(synced=self._synced) as db:
             elsewhere = db.execute(
                 "SELECT digest FROM runs WHERE client = ? AND run = ?", (self._client, ask.run)
             ).fetchone()
             if elsewhere is not None:  # by another process just now, or on another population
                 return None if elsewhere[0] == digest else ClientCode.CONFLICT
-            committed = self._plans(ask.population).values()
-            epsilon = epsilon_of(compose([*committed, plan]), cap.delta)
+            epsilon = self._priced(ask.population, plan, cap)
             if not epsilon <= cap.epsilon:
                 return ClientCode.BUDGET_REFUSED
             db.execute(
@@ -397,6 +397,12 @@ class Odometer:
                 [(self._client, ask.run, *leaf, count) for leaf, count in leaves(plan).items()],
             )
         return None
+
+    def _priced(self, population: str, plan: "DpEvent", cap: Budget) -> float:
+        """Epsilon of a plan beside all that were committed on the population."""
+        from ..core.accounting import compose, epsilon_of
+
+        return epsilon_of(compose([*self._plans(population).values(), plan]), cap.delta)
 
     def _plans(self, population: str) -> "dict[str, DpEvent]":
         """The plans committed on a population, by run."""

@@ -32,6 +32,7 @@ Reference:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,11 +90,20 @@ class Series:
     @property
     def moved_steps(self) -> int:
         """The most that one user's squared movements add up to, in (clip / `ONE`)^2; exact."""
-        # the rows of a later turn are those of turn 0, begun later and cut off, so never more
-        row = np.zeros(-(-self.num_rounds // self.separation) * self.separation, dtype=np.int64)
-        row[: len(self.coefficients)] = self.coefficients
-        row = row.reshape(-1, self.separation).cumsum(axis=0).ravel()[: self.num_rounds]
-        return int((row.astype(object) ** 2).sum())
+        return moved_steps(self.coefficients, self.num_rounds, self.separation)
+
+
+def moved_steps(coefficients: Sequence[int], num_rounds: int, separation: int) -> int:
+    """What the squares of one user's movements add up to in (clip / `ONE`)^2; exact.
+
+    That is with the same vector of one clip in every turn, and turns from the first round on: no
+    coefficient is negative, and the rows of a user who begins later are these, cut off.
+    """
+    row = np.zeros(-(-num_rounds // separation) * separation, dtype=np.int64)
+    known = coefficients[:num_rounds]
+    row[: len(known)] = known
+    row = row.reshape(-1, separation).cumsum(axis=0).ravel()[:num_rounds]
+    return int((row.astype(object) ** 2).sum())
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/results.md from the JSON of full benchmark runs: python docs/record.py build/bench/*.json."""
+"""Write docs/results.md from the JSON of full benchmark runs: python docs/record.py build/bench/*.json.
+
+A section whose benchmark is in none of the files stays as it is.
+"""
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -198,6 +202,12 @@ a small model, trained on other public text and then on 300 texts of the row. Li
 those users, `p over seeds` of a t-test. SmolLM2 has most likely read such texts before.
 """
 
+LEVELS = """## Where to clip
+
+`python benchmarks/levels.py --json FILE`: the same model and rounds, clipped by users' updates or by each record's gradient (by Opacus), both
+priced for users. Accuracy is that of a judge trained on synthetic images alone.
+"""
+
 _SECTIONS = (
     ("tabular", TABULAR, True),
     ("skew", SKEW, True),
@@ -213,6 +223,7 @@ _SECTIONS = (
     ("training_text", TRAINING_TEXT, True),
     ("preferences", PREFERENCES, True),
     ("training", TRAINING, True),
+    ("levels", LEVELS, True),
     ("sensitivity", SENSITIVITY, True),
     ("correlated_noise", CORRELATED_NOISE, True),
     ("planted_bug", PLANTED_BUG, True),
@@ -231,22 +242,34 @@ def main() -> int:
     if not figures:
         sys.stderr.write("give the JSON files of full runs\n")
         return 2
+    page = Path(__file__).with_name("results.md")
+    kept = _sections(page.read_text(encoding="utf-8")) if page.exists() else {}
     parts = [HEAD.format(cores=f"{os.cpu_count()} cores")]
     known = [name for name, *_ in _SECTIONS]
-    others = sorted({f["benchmark"] for f in figures} - set(known))
+    others = sorted(({f["benchmark"] for f in figures} | set(kept)) - set(known))
     plain = [(name, _OTHER.format(name=name), False) for name in others]
     for benchmark, heading, by_case in (*_SECTIONS, *plain):
         found = [f for f in figures if f["benchmark"] == benchmark]
+        if not found:
+            parts += [kept[benchmark]] if benchmark in kept else []
+            continue
         claims = [f for f in found if f["metric"] == "claim"]
         found = [f for f in found if f["metric"] != "claim"]
-        if found:
-            parts += [heading, *(_by_case(found) if by_case else [_plain(found)])]
+        parts += [heading, *(_by_case(found) if by_case else [_plain(found)])]
         if claims:
             said = [f"- {'holds' if f['mean'] else 'MISSED'}: {f['case']}" for f in claims]
             parts += ["\n".join(["Claims of that run:", "", *said, ""])]
-    page = Path(__file__).with_name("results.md")
     page.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     return 0
+
+
+def _sections(page: str) -> dict[str, str]:
+    """The sections of a page, by the benchmark whose command each names."""
+    found = {}
+    for section in re.split(r"^(?=## )", page, flags=re.MULTILINE)[1:]:
+        if named := re.search(r"`python benchmarks/(\w+)\.py", section):
+            found[named[1]] = section.rstrip() + "\n"
+    return found
 
 
 def _by_case(figures: list[dict[str, Any]]) -> Iterable[str]:

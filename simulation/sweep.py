@@ -122,8 +122,8 @@ def parse_grid(given: Sequence[str]) -> dict[str, list[Any]]:
       ConfigError: A text is of another form, or names a key twice.
 
     Example:
-      >>> parse_grid(["strategy.clip=0.1,1", "strategy.server-optimizer=adam,sgd"])
-      {'strategy.clip': [0.1, 1], 'strategy.server_optimizer': ['adam', 'sgd']}
+      >>> parse_grid(["strategy.clip=0.1,1", "strategy.server-optimizer=fedadam,fedavgm"])
+      {'strategy.clip': [0.1, 1], 'strategy.server_optimizer': ['fedadam', 'fedavgm']}
     """
     grid: dict[str, list[Any]] = {}
     for text in given:

@@ -21,7 +21,7 @@ from .parts.image_critic import ImageCritic
 from .parts.local_training import LocalTraining, updates
 from .parts.settings import check_range
 from .parts.simplex import pooled_total, to_simplex
-from .parts.trainable import RecordShape
+from .parts.trainable import Made, RecordShape
 from .parts.updates import Updates
 from .parts.width import refuse_wide
 
@@ -189,7 +189,9 @@ class DpFedAvgGan(Strategy):
             raise ConfigError("the request's weights do not fit the critic of its settings")
         shape.check(shard.records)
         one_step = LocalTraining(steps=1, lr=1.0)
-        rows = updates(critic, weights, shard, one_step, seed=int(rng.integers(1 << 62)))
+        made = Made(shape, (ImageCritic, self.num_critic, fakes.shape))
+        seed = int(rng.integers(1 << 62))
+        rows = updates(critic, weights, shard, one_step, made=made, seed=seed)
         if has_bit:
             rows = with_bit(rows, clip=query.clip, bit_share=_CLIP_BIT_SHARE)
         return Contribution.rows(rows)

@@ -122,3 +122,22 @@ def test_figures_become_a_page_and_a_picture(tmp_path):
     assert "| `other_mst` (other 1.0) | epsilon=1 | 0.054 ± 0.001 | 90 ± 0.001 | 5 |" in page
     for word in ("Mean of 2 tables", "marginals", "other_mst", "SWIFT (its figures)"):
         assert word in picture
+
+
+def test_the_page_keeps_the_sections_of_benchmarks_that_were_not_run_again(tmp_path):
+    shutil.copy(Path(__file__).resolve().parent.parent / "docs" / "record.py", tmp_path)
+
+    def record(benchmark, mean):
+        figure = {"benchmark": benchmark, "case": "all", "metric": "TVD", "mean": mean}
+        path = tmp_path / "figures.json"
+        path.write_text(json.dumps([figure | {"std": 0.0, "n": 1, "unit": ""}]), encoding="utf-8")
+        subprocess.run([sys.executable, tmp_path / "record.py", path], check=True, timeout=120)
+        return (tmp_path / "results.md").read_text(encoding="utf-8")
+
+    record("votes", 0.25)
+    record("kills", 0.5)
+    page = record("votes", 0.125)
+
+    assert page.index("## Votes") < page.index("| all | 0.125 | 1 |") < page.index("## Kills")
+    assert "| all | TVD | 0.5  | 1 |" in page
+    assert "0.25" not in page

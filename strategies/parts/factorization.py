@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from ...core.errors import ConfigError
 from ...core.query import NoisySum
 from ...core.series import ONE as STEPS
-from ...core.series import Series
+from ...core.series import Series, moved_steps
 
 MAX_ROUNDS = 4096  # of one series; matrices of their square are made of it
 _GRID = 1 << 12  # rates and shares of buffers are whole numbers of these, for every machine alike
@@ -156,7 +156,7 @@ def sensitivity(coefficients: Sequence[int], num_rounds: int, separation: int) -
       >>> sensitivity((2048,), num_rounds=8, separation=2)
       1.0
     """
-    return math.sqrt(_squared(coefficients, num_rounds, separation)) / STEPS
+    return math.sqrt(moved_steps(coefficients, num_rounds, separation)) / STEPS
 
 
 def prefix_noise(coefficients: Sequence[int], num_rounds: int, *, error: Error = "rms") -> float:
@@ -270,15 +270,6 @@ def _weights(num_rounds: int, error: Error) -> NDArray[np.float64]:
     raise ConfigError(f"error must be 'rms' or 'max', not {error!r}")
 
 
-def _squared(coefficients: Sequence[int], num_rounds: int, separation: int) -> int:
-    """Squared sensitivity in squared steps; exact."""
-    whole = [0] * num_rounds
-    for turn in range(0, num_rounds, separation):
-        for j, steps in enumerate(coefficients[: num_rounds - turn]):
-            whole[turn + j] += steps
-    return sum(value * value for value in whole)
-
-
 def _in_steps(
     coefficients: NDArray[np.float64], num_rounds: int, separation: int
 ) -> tuple[int, ...]:
@@ -291,7 +282,7 @@ def _in_steps(
     low, high = 0, 256 * STEPS
     while high - low > 0:
         middle = (low + high + 1) // 2
-        fits = _squared(steps(middle), num_rounds, separation) <= STEPS * STEPS
+        fits = moved_steps(steps(middle), num_rounds, separation) <= STEPS * STEPS
         low, high = (middle, high) if fits else (low, middle - 1)
     found = steps(low)
     if not found[0]:

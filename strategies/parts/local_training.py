@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...core.errors import ConfigError
 from ...core.records import BoundedShard
 from .device import device_for
-from .trainable import Trainable
+from .trainable import Made, Trainable
 
 PerUser = Literal["auto", "loop", "vmap"]
 
@@ -46,6 +46,7 @@ def updates(
     shard: BoundedShard,
     training: LocalTraining,
     *,
+    made: Made,
     seed: int,
 ) -> NDArray[np.float32]:
     """Each user's change of the weights, `(num_users, num_weights)`, float32.
@@ -59,6 +60,7 @@ def updates(
       weights: Where every user starts, `(num_weights,)`.
       shard: The users.
       training: What each does.
+      made: What the model was made of.
       seed: Of the public randomness.
 
     Raises:
@@ -80,7 +82,7 @@ def updates(
         if not beside:
             _loop(*task, shard, training, seed, chance, rows)
             return rows
-        alone = ~side_by_side(*task, shard, training, seed, chance, rows)
+        alone = ~side_by_side(*task, made, shard, training, seed, chance, rows)
         if alone.any():
             left = np.zeros((int(alone.sum()), model.num_weights), dtype=np.float32)
             _loop(*task, shard.only(alone), training, seed, chance, left)

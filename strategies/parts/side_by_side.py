@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.records import BoundedShard
-from .trainable import Trainable
+from .trainable import Made, RecordShape, Trainable
+from .verdicts import Verdicts
 
 if TYPE_CHECKING:
     from .local_training import LocalTraining
@@ -27,7 +28,7 @@ _CHUNK_NUMBERS = 1 << 22  # of a chunk's records in one step
 _MOST_USERS = 64
 _ALIGNED = 16  # numbers of 64 bytes
 
-_agreeing: dict[Any, tuple[int, ...]] = {}
+_agreeing: Verdicts[tuple[int, ...]] = Verdicts()
 
 
 def side_by_side(
@@ -35,6 +36,7 @@ def side_by_side(
     device: Any,
     model: Trainable,
     weights: NDArray[np.float32],
+    made: Made,
     shard: BoundedShard,
     training: "LocalTraining",
     seed: int,
@@ -52,9 +54,8 @@ def side_by_side(
     padded = np.array([_padded(int(count), training.batch) for count in counts])
     steps = _Steps(torch, model, weights, training.lr, device)
     sizes, done = {}, np.zeros(len(counts), dtype=np.bool_)
-    given = model.read(torch, shard.records.take(slice(0, 1)))  # of what types and shapes
     for size in np.unique(padded):
-        if allowed := _sizes(steps, given, chance, int(size)):
+        if allowed := _sizes(steps, made, chance, int(size)):
             sizes[int(size)] = allowed
             done |= padded == size
 
@@ -160,32 +161,31 @@ class _Steps:
         }
 
 
-def _sizes(
-    steps: _Steps, given: Sequence[Any], chance: list[tuple[Any, ...]], size: int
-) -> tuple[int, ...]:
+def _sizes(steps: _Steps, made: Made, chance: list[tuple[Any, ...]], size: int) -> tuple[int, ...]:
     """Numbers of users that a chunk may have so that all of them give the same bits; or none.
 
     Looks at made-up records only: what the records are may not decide how users are taken.
     """
     model = steps.model
+    given = model.read(steps.torch, made.shape.made_up(np.random.default_rng(0), 1))
     per_user = size * sum(math.prod(part.shape[1:]) for part in given)
     most = min(_CHUNK_WEIGHTS // model.num_weights, _CHUNK_NUMBERS // max(1, per_user), _MOST_USERS)
     if most < 2:
         return ()
     most = 1 << (most.bit_length() - 1)
-    shapes = tuple((part.dtype, tuple(part.shape[1:])) for part in given)
-    key = (type(model), repr(model), min(2, len(chance)), shapes, size, most, str(steps.device))
-    if key not in _agreeing:
+
+    def found() -> tuple[int, ...]:
         try:
-            _agreeing[key] = _tried(steps, shapes, chance, size, most)
+            return _tried(steps, made.shape, chance, size, most)
         except RuntimeError:  # `torch.func` cannot do what the model does, or not with such records
-            _agreeing[key] = ()
-    return _agreeing[key]
+            return ()
+
+    return _agreeing.of(made, (min(2, len(chance)), size, most, str(steps.device)), found)
 
 
 def _tried(
     steps: _Steps,
-    shapes: Sequence[tuple[Any, tuple[int, ...]]],
+    shape: RecordShape,
     chance: list[tuple[Any, ...]],
     size: int,
     most: int,
@@ -195,16 +195,9 @@ def _tried(
     torch, rng = steps.torch, np.random.default_rng(0)
 
     def made_up(num_users: int) -> list[list[Any]]:
-        """Records of each step: numbers where numbers are wanted, and the first cell elsewhere."""
-        return [
-            [
-                torch.from_numpy(rng.random((num_users, size, *shape), dtype=np.float32)).to(dtype)
-                if dtype.is_floating_point
-                else torch.zeros((num_users, size, *shape), dtype=dtype)
-                for dtype, shape in shapes
-            ]
-            for _ in chance
-        ]
+        """Records of each step."""
+        read = [steps.model.read(torch, shape.made_up(rng, num_users * size)) for _ in chance]
+        return [[part.unflatten(0, (num_users, size)) for part in parts] for parts in read]
 
     one = made_up(1)
     drawn = [[p[:1].expand(size, *p.shape[1:]) for p in parts] for parts in chance]

@@ -19,7 +19,7 @@ from fedsynth.simulation.check import check_strategy, made_up, plain_texts
 from fedsynth.simulation.direct import direct_run, non_private
 from fedsynth.strategies.dp_lora import DpLora
 from fedsynth.strategies.parts.local_training import LocalTraining, updates
-from fedsynth.strategies.parts.trainable import RecordShape
+from fedsynth.strategies.parts.trainable import Made, RecordShape
 from fedsynth.strategies.parts.tuned_language import LanguageTexts
 from fedsynth.strategies.registry import build_strategy
 
@@ -27,6 +27,7 @@ for package in ("transformers", "torch"):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}", allow_module_level=True)
 
+MADE = Made(RecordShape((), None, 200))
 TEXTS = Schema((), text=TextColumn("text", 60))
 KIND = Column("kind", "category", "public: made up for this test", categories=("low", "high"))
 CODED = Schema((KIND,), text=TextColumn("text", 60))
@@ -137,7 +138,7 @@ def test_an_update_is_the_slope_of_the_loss(lora):
     shard = shard_of([["hello there"]])
     rng = np.random.default_rng(0)
     weights = (0.1 * rng.standard_normal(model.num_weights)).astype(np.float32)
-    down = updates(model, weights, shard, LocalTraining(1, 1.0), seed=0)[0]
+    down = updates(model, weights, shard, LocalTraining(1, 1.0), made=MADE, seed=0)[0]
     step = 0.3 * down / np.linalg.norm(down)
 
     surprise = [model.guesses(weights + s * step, shard.records)[0, 2] / 12 for s in (-1, 1)]
@@ -150,10 +151,10 @@ def test_a_users_row_is_the_same_to_the_bit_whoever_stands_beside(lora):
     weights = np.full(model.num_weights, 0.01, np.float32)
     training = LocalTraining(2, 0.5, 1)
 
-    together = updates(model, weights, shard_of(texts), training, seed=1)
-    alone = updates(model, weights, shard_of(texts[2:]), training, seed=1)
+    together = updates(model, weights, shard_of(texts), training, made=MADE, seed=1)
+    alone = updates(model, weights, shard_of(texts[2:]), training, made=MADE, seed=1)
     model.base._kept.clear()
-    afresh = updates(model, weights, shard_of(texts[2:]), training, seed=1)
+    afresh = updates(model, weights, shard_of(texts[2:]), training, made=MADE, seed=1)
 
     assert together[2].tobytes() == alone[0].tobytes() == afresh[0].tobytes()
 
@@ -163,7 +164,7 @@ def test_a_texts_loss_does_not_depend_on_the_users_other_texts(lora):
     weights = model.initial(np.random.default_rng(0))
 
     one, two, both = (
-        updates(model, weights, shard_of([own]), training, seed=0)[0]
+        updates(model, weights, shard_of([own]), training, made=MADE, seed=0)[0]
         for own in (["first"], ["second text"], ["first", "second text"])
     )
 
