@@ -9,7 +9,7 @@ fills, are bright. Above a tenth, it says that there is a bug. The control is `c
 writers without the bug; `epsilon=0` is the same run on noise alone, from which nothing may show.
 All settings but the number of users are the strategy's own; they were chosen on seeds of their own.
 
-    python benchmarks/planted_bug.py --json planted_bug.json     everything: four CPU-minutes
+    python benchmarks/planted_bug.py --json planted_bug.json     everything: six CPU-minutes
     python benchmarks/planted_bug.py --quick                     scikit-learn's digits, seconds
 
 Runs are kept in FILE.runs.jsonl, and a benchmark that was cut goes on where it was.

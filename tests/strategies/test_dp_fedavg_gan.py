@@ -256,10 +256,17 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_network():
         assert (ours == theirs).all()
 
 
+def test_a_checkpoint_without_the_network_is_refused():
+    state = {"weights": np.zeros(3), "position": np.array(1)}
+
+    with pytest.raises(ConfigError, match="start anew"):
+        next(SHORT.rounds_from(small_images(), 1.0, np.random.default_rng(0), state))
+
+
 def share_of_bright_edges(learned):
     """Share of samples whose left and right columns, which are empty in digits, are bright."""
     images = learned.sample(400, np.random.default_rng(0)).images
-    return float((images[:, :, [0, -1]].mean(axis=(1, 2, 3)) > 0.8 * 255).mean())
+    return float((images[:, :, [0, -1]].mean(axis=(1, 2, 3)) > 0.7 * 255).mean())
 
 
 def test_the_federated_gan_finds_a_planted_preprocessing_bug(digits):
