@@ -4,8 +4,8 @@
 An adapter adds `C B A x` beside a weight. How far a step in B moves the model's guesses should not
 hang on which of B's numbers it moves: noise is the same in all of them, and so is a clip.
 
-- A: its first row makes of the part's input a number that is as near to 1 as can be, so that the
-  first column of B shifts the output alike for all tokens; further rows are random, of size 1.
+- A: its first row makes of the part's input a number that is alike for all tokens, so that the
+  first column of B shifts the output; further rows are random. Their numbers' mean square is 1.
 - C, where a part writes to the stream that the output is read from (`o_proj`, `down_proj`): the
   damped inverse root of the Fisher information of the next token in that stream. A step of length s
   in B then changes what the model guesses by about s^2 / 2 nats, in whatever direction. Elsewhere
@@ -40,15 +40,14 @@ def factors_of(model: Frozen, prompt: str, name: str, rank: int) -> tuple[Any, A
         after = len(heard) // 20  # the first tokens of a text are unlike all others
         heard, states = heard[after:].float(), states[after:]
         moments = heard.T @ heard
-        size = moments.diagonal().mean()
-        moments.diagonal().add_(_RIDGE * size)
+        moments.diagonal().add_(_RIDGE * moments.diagonal().mean())
         rows = [torch.linalg.solve(moments, heard.sum(0))]
         if rank > 1:
             seed = [_SEED, *hashlib.sha256(name.encode()).digest()[:8]]
             drawn = np.random.default_rng(seed).standard_normal((rank - 1, heard.shape[1]))
-            drawn /= float((heard.shape[1] * size / len(heard)).sqrt())
             rows += list(torch.from_numpy(drawn.astype(np.float32)))
-        first = torch.stack(rows).bfloat16()
+        first = torch.stack(rows)
+        first = (first / (heard @ first.T).pow(2).mean(0).sqrt()[:, None]).bfloat16()
         if name.partition(".")[2] not in _WRITES:
             return first, None
         values, vectors = torch.linalg.eigh(model.information(states).double())

@@ -21,7 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-
 from ..core.errors import ConfigError
 from .llama import sha256_of
 from .one_core import dense, one_core, torch_for
