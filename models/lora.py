@@ -5,7 +5,7 @@ A text follows a public prompt, which adapters leave as it is: the prompt's keys
 once. What lies beneath the first adapted layer is the same in every round, so a record's states
 there are kept in memory, and a round costs the layers above and the output alone.
 
-Of an adapter `B A` beside a weight, A is random, public and never trained (FFA-LoRA): half the
+Of an adapter `C B A` beside a weight, A and C are public and never trained (`factors`): half the
 numbers to put noise on, and a step in B is a step in the product.
 
 Reference:
@@ -21,8 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..core.errors import ConfigError
 from .llama import sha256_of
 from .one_core import dense, one_core, torch_for
@@ -35,12 +33,11 @@ _NEEDED_BY = "a language model that users tune"
 _WANTED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _READ = (".safetensors", ".gguf", "config.json", "tokenizer.json")
 _KEPT_BYTES = 1 << 30  # of records' states
-_SEED = 5  # of the factors that are never trained
 
-Adapters = Mapping[str, tuple[Any, Any]]
-"""By `layer.part`: the factor that is never trained, `(rank, inputs)`, and the one that is.
+Adapters = Mapping[str, tuple[Any, Any, Any]]
+"""By `layer.part`: A, `(rank, inputs)`; B, which is trained; and C, `(outputs, outputs)` or `None`.
 
-That one is `(outputs, rank)`, or `(rows, outputs, rank)` where each row has its own.
+B is `(outputs, rank)`, or `(rows, outputs, rank)` where each row has its own.
 """
 
 
@@ -136,6 +133,32 @@ class Frozen:
     def told(self, prompt: str) -> tuple[int, list[tuple[Any, Any]]]:
         """A prompt's last token, and keys and values of those before it, a pair a layer."""
         return _told(self, prompt)
+
+    def heard(self, prompt: str, name: str) -> tuple[Any, Any]:
+        """What goes into a part at the tokens of a prompt, and the states above all layers."""
+        torch = torch_for(_NEEDED_BY)
+        tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        states, heard = self._words[torch.tensor(tokens)][None], {}
+        turned = self._turned(torch, 0, len(tokens))
+        for i in range(self.num_layers):
+            found: dict[str, Any] = {}
+            states, _ = self._layer(torch, i, states, turned, None, {}, found)
+            heard |= {key: x for key, x in found.items() if key == name}
+        return heard[name], states[0]
+
+    def information(self, states: Any) -> Any:
+        """Fisher information of the next token in the stream above all layers, `(dim, dim)`.
+
+        The mean over some states; each is as long as they are in the median.
+        """
+        torch = torch_for(_NEEDED_BY)
+        probs = self._output(self._normed(torch, states, self._last)).float().softmax(-1)
+        words = self._output.weight.float()
+        means = probs @ words
+        found = (words * probs.mean(0)[:, None]).T @ words - means.T @ means / len(probs)
+        sizes = (states.float().pow(2).mean(-1) + self._eps).sqrt()
+        scale = self._last.float() / sizes.median()
+        return scale[:, None] * found * scale
 
     def losses(
         self, prompt: str, tokens: tuple[int, ...], adapters: Adapters, first: int
@@ -277,18 +300,31 @@ class Frozen:
         return states
 
     def _layer(
-        self, torch: Any, i: int, states: Any, turned: Any, past: Any, adapters: Adapters
+        self,
+        torch: Any,
+        i: int,
+        states: Any,
+        turned: Any,
+        past: Any,
+        adapters: Adapters,
+        heard: dict[str, Any] | None = None,
     ) -> tuple[Any, tuple[Any, Any]]:
-        """A layer on `(rows, num_tokens, dim)`, after what came before; keys and values so far."""
+        """A layer on `(rows, num_tokens, dim)`, after what came before; keys and values so far.
+
+        What goes into its parts is put into `heard`, if that is given.
+        """
         weights, (heads, fewer) = self._layers[i], self._heads
         rows, length, dim = states.shape
 
         def through(part: str, x: Any) -> Any:
+            if heard is not None:
+                heard[f"{i}.{part}"] = x
             y = weights[_full(part)](x)
             if (found := adapters.get(f"{i}.{part}")) is not None:
-                fixed, learned = found
+                fixed, learned, metric = found
                 few = (x @ fixed.T).view(*learned.shape[:-2], -1, fixed.shape[0])
-                y = y + (few @ learned.mT.to(x.dtype)).view(y.shape)
+                added = (few @ learned.mT.to(x.dtype)).view(y.shape)
+                y = y + (added if metric is None else added @ metric.T)
             return y
 
         def split(part: str, x: Any, num: int) -> Any:
@@ -332,15 +368,6 @@ class Frozen:
 def frozen(where: Path) -> Frozen:
     """The model, the last one kept."""
     return Frozen(where)
-
-
-@lru_cache(maxsize=512)
-def fixed_factor(name: str, rank: int, inputs: int) -> Any:
-    """The factor of an adapter that is never trained, `(rank, inputs)`: the same everywhere."""
-    torch = torch_for(_NEEDED_BY)
-    seed = [_SEED, *hashlib.sha256(name.encode()).digest()[:8]]
-    drawn = np.random.default_rng(seed).standard_normal((rank, inputs)) / rank**0.5
-    return torch.from_numpy(drawn.astype(np.float32)).bfloat16()
 
 
 def digest_of_weights(where: Path) -> bytes:

@@ -38,7 +38,7 @@ def slopes_of(
       adapters: As they stand, `(outputs, rank)`.
       first: The first adapted layer.
     """
-    width = sum(learned.numel() for _, learned in adapters.values())
+    width = sum(learned.numel() for _, learned, _ in adapters.values())
     rows = np.zeros((len(texts), width), dtype=np.float32)
     with one_core(_NEEDED_BY, learns=True) as torch:
         for (prompt, length), members in _kinds(prompts, texts).items():
@@ -93,7 +93,7 @@ class _Chunk:
     ) -> None:
         self._torch, self._model, self._prompt = torch, model, prompt
         self._adapters, self._first, self._length = adapters, first, length
-        shapes = tuple((name, tuple(part.shape)) for name, (_, part) in adapters.items())
+        shapes = tuple((name, tuple(part.shape)) for name, (_, part, _) in adapters.items())
         key = (prompt, shapes, first, length)
         if key not in model.tried:
             model.tried[key] = self._agree(max(1, _TOGETHER // length))
@@ -115,13 +115,17 @@ class _Chunk:
         """The slope of each text of a full chunk."""
         torch = self._torch
         own = {
-            name: (fixed, learned.detach().expand(len(texts), -1, -1).clone().requires_grad_())
-            for name, (fixed, learned) in self._adapters.items()
+            name: (
+                first,
+                learned.detach().expand(len(texts), -1, -1).clone().requires_grad_(),
+                last,
+            )
+            for name, (first, learned, last) in self._adapters.items()
         }
         states = self._model.beneath(self._prompt, texts, self._first, self._length, keep=keep)
         lost, _, told = self._model.surprises(self._prompt, texts, states, own, self._first)
         lost = ((lost * told).sum(-1) / told.sum(-1)).sum()
-        slopes = torch.autograd.grad(lost, [learned for _, learned in own.values()])
+        slopes = torch.autograd.grad(lost, [learned for _, learned, _ in own.values()])
         found: NDArray[np.float32] = torch.cat([slope.flatten(1) for slope in slopes], 1).numpy()
         return found
 

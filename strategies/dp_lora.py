@@ -21,13 +21,13 @@ class DpLora(Training):
     is a user's update of all adapters together. Synthetic texts are sampled at temperature 1 from
     the public model with the released adapters, without top-k or top-p and without limit.
 
-    Of an adapter `B A` only B is trained; A is random and public (FFA-LoRA). Categories are sampled
-    uniformly, since how often users have which is private and is not measured.
+    Of an adapter `C B A` only B is trained; A and C are made of the public model at its prompt, so
+    that a step of B weighs alike in all directions. Categories are sampled uniformly, since how
+    often users have which is private and is not measured.
 
     What users' updates have in common must outweigh noise that grows with the number of trained
-    weights, so there are few of them: by default one adapter in the last layer, which is also the
-    cheapest to train. Every user joins every round with one text, of few rounds; nearly all updates
-    are longer than the clip, so each counts by its direction alone.
+    weights, so there are few of them: by default one adapter of rank 1 in the last layer, which is
+    also the cheapest to train. Every user joins every one of few rounds, with one text.
 
     Attributes:
       about: What the texts are, in public words and in the plural.
@@ -51,7 +51,7 @@ class DpLora(Training):
     Reference:
       Yue et al. (2023), "Synthetic Text Generation with Differential Privacy", arXiv 2210.14348
       (control codes); Kurakin et al. (2023), arXiv 2306.01684 (LoRA); Sun et al. (2024), arXiv
-      2403.12313 (FFA-LoRA).
+      2403.12313 (FFA-LoRA); of A and C: `models/factors.py`.
     """
 
     name: ClassVar[str] = "dp_lora"
@@ -62,13 +62,13 @@ class DpLora(Training):
         " texts that it was made from is not covered by the guarantee. Categories are drawn"
         " uniformly: how many records users have of each was not measured."
     )
-    num_rounds: int = 3
+    num_rounds: int = 2
     sampling_prob: float = 1.0
-    clip: float = 0.5
+    clip: float = 1.0
     local_lr: float = 1.0
     local_batch: int | None = 1
     server_optimizer: str = "fedavgm"
-    server_lr: float = 20.0
+    server_lr: float = 2.0
     momentum: float = 0.0
     about: str = "short texts"
     examples: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class DpLora(Training):
     first_layer: int = 29
     num_layers: int = 1
     parts: tuple[str, ...] = ("down_proj",)
-    rank: int = 4
+    rank: int = 1
     max_tokens: int = 48
     path: str = ""
 

@@ -16,13 +16,13 @@ from ...core.records import Records
 from ...core.schema import Schema
 from ...core.synthesizer import Synthesizer
 from ...core.texts import as_texts
+from ...models.factors import factors_of
 from ...models.lora import (
     PARTS,
     Adapters,
     Frozen,
     Place,
     digest_of_weights,
-    fixed_factor,
     frozen,
     tokens_of,
 )
@@ -130,14 +130,6 @@ class TunedLanguage(Trainable):
         """
         return frozen(Transformers(self.path).where())
 
-    @cached_property
-    def fixed(self) -> Mapping[str, Any]:
-        """The factor of each adapter that nobody trains."""
-        return {
-            name: fixed_factor(name, self.place.rank, self.base.sizes(name.partition(".")[2])[0])
-            for name in self.shapes
-        }
-
     def inputs(self) -> Mapping[str, NDArray[np.uint8]]:
         """The digest of the weights beneath."""
         digest = digest_of_weights(Transformers(self.path).where())
@@ -206,7 +198,7 @@ class TunedLanguage(Trainable):
     ) -> list[str]:
         """A text for each control code, by the tuned model's own probabilities."""
         texts = [""] * len(codes)
-        base, _ = self.base, self.fixed  # made beforehand: what is made for sampling cannot learn
+        base = self.base
         with one_core(_NEEDED_BY) as torch:
             adapters = self._adapters(self.split(torch.from_numpy(weights)))
             for code in np.unique(codes).tolist():
@@ -226,8 +218,13 @@ class TunedLanguage(Trainable):
         return texts
 
     def _adapters(self, weights: Mapping[str, Any]) -> Adapters:
-        """Both factors of each adapter; the model runs on the processor, whatever the device."""
-        return {name: (self.fixed[name], weights[name].to("cpu")) for name in self.shapes}
+        """The factors of each adapter; the model runs on the processor, whatever the device."""
+        base, prompt = self.base, self.prompts.of(self.base, 0)
+        found = {}
+        for name in self.shapes:
+            first, last = factors_of(base, prompt, name, self.place.rank)
+            found[name] = (first, weights[name].to("cpu"), last)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -167,10 +167,14 @@ def test_a_control_code_says_which_text_is_likelier(lora):
         lora,
         codes=("low", "high"),
         num_users=4,
-        num_rounds=10,
+        first_layer=0,
+        num_layers=3,
+        parts=("q_proj", "v_proj", "up_proj"),
+        rank=8,
+        num_rounds=20,
         clip=1.0,
         server_optimizer="fedadam",
-        server_lr=0.3,
+        server_lr=0.1,
         momentum=0.9,
     )
     texts = [["aaaa"] if user % 2 else ["zzzz"] for user in range(4)]
