@@ -24,24 +24,19 @@ import report  # isort: skip  (first: it holds numpy and torch to one thread)
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import tables
-from fedsynth.client.bounding import bound
-from fedsynth.client.shard import Shard
+import writers
 from fedsynth.core.errors import ConfigError
-from fedsynth.core.privacy import User
 from fedsynth.core.query import Contribution, NoisySum, Query, Rounds
-from fedsynth.core.records import BoundedShard, Records
-from fedsynth.core.schema import Column, ImageColumn, Schema
+from fedsynth.core.records import BoundedShard
+from fedsynth.core.schema import Schema
 from fedsynth.core.synthesizer import Synthesizer
-from fedsynth.models.efficientnet import EfficientNetLite0
-from fedsynth.models.frechet import frechet_distance, precision_recall
 from fedsynth.simulation.direct import direct_run, non_private
-from fedsynth.simulation.quality import train_on_synthetic
 from fedsynth.strategies.private_evolution import PrivateEvolution
 from measure import (
     NO_NOISE,
@@ -62,16 +57,12 @@ from measure import (
 )
 from numpy.typing import NDArray
 from tabular import holm, paired_p
+from writers import FRECHET, TABLE, TSTR
 
-TABLE = "mnist_writers"
 RANDOM_VOTES = "random votes"
 MODELS = ("strokes", "glyphs", "digits")
 EPSILONS = (1.0, 4.0, 10.0)
-MOST_RECORDS = 150  # of a writer
-DELTA = 1e-4
 NUM_SAMPLED = 6_000  # records that the judge learns from
-NUM_COMPARED = 1_000  # of them, beside as many real ones of other writers, on features
-TSTR, FRECHET = "TSTR accuracy", "Fréchet distance"
 SIM_PE = 0.89  # TSTR accuracy of Sim-PE at epsilon 10, by example (Lin et al. 2025)
 COMMON: Mapping[str, Any] = {"vote": "l2_normalize", "sample_degree": 0.2, "degree_last": 0.15}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -88,13 +79,13 @@ def main() -> int:
     args = choices(__doc__, [TABLE], EPSILONS).parse_args()
     figures = report.Report("pe_images", args)
     try:
-        case = _case(args.quick)
+        case = writers.case_of(args.quick)
     except tables.Missing as missing:
         figures.note(str(missing))
         return figures.finish()
     runs = Runs(args.json.with_suffix(".runs.jsonl") if args.json else None)
     jobs = [job for job in _jobs(args) if args.fresh or not runs.has(job)]
-    seen = None if args.quick or not jobs else _features(_some(case.test, NUM_COMPARED, 0), figures)
+    seen = None if args.quick or not jobs else writers.seen(case, figures)
     one = partial(measured, limit_s=args.limit, by=partial(judged, seen))
     measure_all(jobs, runs, one, at_once=args.jobs)
     for job in sorted(runs.cases(quick=args.quick), key=_place):
@@ -141,31 +132,19 @@ def judged(seen: NDArray[np.float32] | None, job: Job) -> dict[str, float]:
       seen: Features of some of those, or `None`: no distances.
       job: What is to be measured.
     """
-    case = _case(job.quick)
+    case = writers.case_of(job.quick)
     rng = np.random.default_rng([job.seed, 4])  # settings were chosen on other seeds
     num = min(NUM_SAMPLED, len(case.train.records))
     if job.method == REAL:
-        records, cost = _some(case.train.records, num, job.seed), {}
+        records, cost = writers.some(case.train.records, num, job.seed), {}
     else:
         tally = Tally()
         with report.cpu_timer() as learning:
             synthesizer = _learned(job, case, tally, rng)
         with report.cpu_timer() as sampling:
             records = synthesizer.sample(num, rng)
-        cost = {
-            "CPU-s": learning[0] + sampling[0],
-            "rounds": float(tally.rounds),
-            "kB up": tally.bytes_up / 1e3,
-            "kB down": tally.bytes_down / 1e3,
-        }
-    judges = train_on_synthetic(case.test, records, case.schema, target="label")
-    found = {TSTR: judges["network"].synthetic, "TSTR, logistic": judges["logistic"].synthetic}
-    if seen is not None:
-        drawn = EfficientNetLite0().batched(_pixels(_some(records, NUM_COMPARED, job.seed)))
-        among = precision_recall(seen, drawn)
-        found[FRECHET] = frechet_distance(seen, drawn).distance
-        found |= {"precision": among.precision, "recall": among.recall}
-    return found | cost
+        cost = writers.cost_of(tally, learning[0] + sampling[0])
+    return writers.judged(case, records, seen, seed=job.seed) | cost
 
 
 def _learned(job: Job, case: tables.Case, tally: Tally, rng: np.random.Generator) -> Synthesizer:
@@ -229,65 +208,6 @@ class RandomVotes:
         if votes.dense is None:
             raise ConfigError("votes are exchanged as rows: use vote = 'l2_normalize' or 'l1'")
         return Contribution.rows(votes.dense[:, self._order])
-
-
-@lru_cache(maxsize=1)
-def _case(quick: bool) -> tables.Case:
-    """MNIST by writer; or scikit-learn's digits, enlarged, one user an image.
-
-    Raises:
-      Missing: MNIST by writer is not on this machine.
-    """
-    label = Column("label", "category", "public: ten digits", tuple("0123456789"))
-    image = ImageColumn("image", (28, 28, 1), "public: the scanner's format")
-    schema = Schema((label,), image, target="label")
-    if quick:
-        small = tables.load("digits")
-        train = small.train
-        shard = BoundedShard(
-            _enlarged(train.records), train.user_index, train.num_users, train.max_records
-        )
-        return tables.Case(TABLE, schema, shard, _enlarged(small.test), DELTA)
-    parts = []
-    for name in ("train", "test"):
-        path = tables.folder().parent / "image" / f"mnist_writers_{name}.npz"
-        if not path.is_file():
-            raise tables.Missing(f"{path.name} is not at {path.parent}: nothing was measured")
-        with np.load(path, allow_pickle=False) as arrays:
-            codes = arrays["labels"].astype(np.int32)[:, None]
-            records = Records(codes, arrays["images"][..., None])
-            parts.append((records, arrays["writer_id"].astype(np.str_)))
-    (learned, writers), (test, _) = parts
-    shard = bound(Shard(learned, writers), User("writer", max_records=MOST_RECORDS), seed=0)
-    return tables.Case(TABLE, schema, shard, test, DELTA)
-
-
-def _enlarged(records: Records) -> Records:
-    """Images of 8 x 8 with each pixel as nine, in a border of two."""
-    large = np.kron(_pixels(records)[..., 0], np.ones((1, 3, 3), dtype=np.uint8))
-    return Records(records.codes, np.pad(large, ((0, 0), (2, 2), (2, 2)))[..., None])
-
-
-def _pixels(records: Records) -> NDArray[np.uint8]:
-    """Images of records that have some."""
-    if records.images is None:
-        raise ConfigError("records without images")
-    return records.images
-
-
-def _some(records: Records, num: int, seed: int) -> Records:
-    """A part of records, by chance."""
-    drawn = np.random.default_rng([seed, 5]).permutation(len(records))[:num]
-    return records.take(np.sort(drawn))
-
-
-def _features(records: Records, figures: report.Report) -> NDArray[np.float32] | None:
-    """Features of images; `None` where the network is not installed, which is said."""
-    try:
-        return EfficientNetLite0().batched(_pixels(records))
-    except ConfigError as error:
-        figures.note(f"no distances on features: {error}")
-        return None
 
 
 def _tests(figures: report.Report, runs: Runs) -> None:

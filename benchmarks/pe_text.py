@@ -172,7 +172,7 @@ def main() -> int:
     with kept(args.json, name) as (known, folder):
         cases = [
             case
-            for case in _cases(figures, size, quick=args.quick)
+            for case in cases_of(figures, size, quick=args.quick)
             if args.data in (None, case.name)
         ]
         rows = ["real", *(f"epsilon={level}" for level in LEVELS)]
@@ -214,7 +214,7 @@ def _noise(figures: report.Report) -> None:
 # --- data
 
 
-def _cases(figures: report.Report, size: Size, *, quick: bool) -> Iterator[Case]:
+def cases_of(figures: report.Report, size: Size, *, quick: bool) -> Iterator[Case]:
     """Chatters and roles; quick: the example's roles."""
     if quick:
         yield case_of("shakespeare", parquet("speeches"), flat(parquet("holdout")), size)

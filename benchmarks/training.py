@@ -16,7 +16,8 @@ sums of the same bounded contributions. `real`: as many records of the 539 write
 
 Runs are kept in FILE.runs.jsonl, and a benchmark that was cut goes on where it was. Settings of
 `dp_diffusion` were chosen on seeds of their own, by about thirty runs that looked at the judges'
-writers.
+writers; those of `dp_merf` by about thirty runs that learned from 439 of the 539 writers and were
+judged by the other 100.
 """
 
 import report  # isort: skip  (first: it holds numpy and torch to one thread)
@@ -29,11 +30,9 @@ from typing import Any
 
 import numpy as np
 import tables
+import writers
 from fedsynth.core.synthesizer import Synthesizer
-from fedsynth.models.efficientnet import EfficientNetLite0
-from fedsynth.models.frechet import frechet_distance
 from fedsynth.simulation.direct import direct_run, non_private, prior
-from fedsynth.simulation.quality import train_on_synthetic
 from fedsynth.strategies.registry import build_strategy
 from measure import (
     NO_NOISE,
@@ -54,10 +53,9 @@ from measure import (
     note_runs,
 )
 from numpy.typing import NDArray
-from pe_images import FRECHET, NUM_COMPARED, TSTR, _case, _features, _pixels, _some
 from tabular import holm, paired_p
+from writers import FRECHET, TABLE, TSTR
 
-TABLE = "mnist_writers"
 ONE_EACH = "digits"  # scikit-learn's, of which every user has one
 EPSILONS = (1.0, 4.0, 10.0)
 NUM_SAMPLED = 20_000
@@ -104,13 +102,13 @@ def main() -> int:
     args = choices(__doc__, [TABLE, ONE_EACH], EPSILONS).parse_args()
     figures = report.Report("training", args)
     try:
-        case = _case(args.quick)
+        case = writers.case_of(args.quick)
     except tables.Missing as missing:
         figures.note(str(missing))
         return figures.finish()
     runs = Runs(args.json.with_suffix(".runs.jsonl") if args.json else None)
     jobs = [job for job in _jobs(args) if args.fresh or not runs.has(job)]
-    seen = None if args.quick or not jobs else _features(_some(case.test, NUM_COMPARED, 0), figures)
+    seen = None if args.quick or not jobs else writers.seen(case, figures)
     one = partial(measured, limit_s=args.limit, by=partial(judged, seen))
     measure_all(jobs, runs, one, at_once=args.jobs)
     for job in sorted(runs.cases(quick=args.quick), key=_place):
@@ -158,29 +156,19 @@ def judged(seen: NDArray[np.float32] | None, job: Job) -> dict[str, float]:
     """
     if job.table == ONE_EACH:
         return compared(job)
-    case = _case(job.quick)
+    case = writers.case_of(job.quick)
     rng = np.random.default_rng([job.seed, 6])  # settings were chosen on other seeds
     num = min(NUM_SAMPLED, len(case.train.records))
     if job.method == REAL:
-        records, cost = _some(case.train.records, num, job.seed), {}
+        records, cost = writers.some(case.train.records, num, job.seed), {}
     else:
         tally = Tally()
         with report.cpu_timer() as learning:
             synthesizer = _learned(job, case, tally, rng)
         with report.cpu_timer() as sampling:
             records = synthesizer.sample(num, rng)
-        cost = {
-            "CPU-s": learning[0] + sampling[0],
-            "rounds": float(tally.rounds),
-            "kB up": tally.bytes_up / 1e3,
-            "kB down": tally.bytes_down / 1e3,
-        }
-    judges = train_on_synthetic(case.test, records, case.schema, target="label")
-    found = {TSTR: judges["network"].synthetic, "TSTR, logistic": judges["logistic"].synthetic}
-    if seen is not None:
-        drawn = EfficientNetLite0().batched(_pixels(_some(records, NUM_COMPARED, job.seed)))
-        found[FRECHET] = frechet_distance(seen, drawn).distance
-    return found | cost
+        cost = writers.cost_of(tally, learning[0] + sampling[0])
+    return writers.judged(case, records, seen, seed=job.seed) | cost
 
 
 def _learned(job: Job, case: tables.Case, tally: Tally, rng: np.random.Generator) -> Synthesizer:

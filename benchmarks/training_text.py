@@ -2,24 +2,28 @@
 """Tuning a language model by users' texts: how often it guesses what other users wrote.
 
 Users of a technical chat room, and roles in Shakespeare's plays. SmolLM2-135M gets adapters of low
-rank, which users train by one text a round each (`dp_lora`). Rows are `epsilon=inf` (exact sums),
-10, 4, 1, and 0: the same model after the same prompt, with eight public examples in it, and no
-adapter. All are judged on users who took no part:
+rank, which users train by one text a round each (`dp_lora` as it is by default). Rows are
+`epsilon=inf` (exact sums), 4, 1, and 0: the same model after the same prompt, with eight public
+examples in it, and no adapter. All are judged on users who took no part, by the next-token accuracy
+of the tuned model itself, which the release holds. `p over users` is of a bootstrap over judges for
+these very models; `p over seeds` of a t-test over runs, which differ in noise and in which text a
+user takes in which round.
 
-- next-token accuracy of the tuned model itself, which the release holds; `p over users` is of a
-  bootstrap over judges for these very models, `p over seeds` of a t-test over runs;
-- accuracy of a small model that is trained on other public text and then on as many texts that the
-  tuned model wrote as of any row, `real` ones of other users among them;
-- words of a text, real and synthetic: private tuning is known to write short ones.
+Settings were chosen with users who neither train nor judge here (those of the rows `real`), with
+other noise. With `--texts` a second judge: the accuracy of a small model that is trained on other
+public text and then on as many texts that the tuned model wrote as of any row, `real` ones of other
+users among them; and words of a text, real and synthetic: private tuning is known to write short
+ones.
 
 SmolLM2 has read much of the public web, most likely Shakespeare and chat logs among it: figures of
 epsilon = 0 profit from that as much as all others, and none of them says what a model would do on
 texts that were never public.
 
-    python benchmarks/training_text.py --json FILE      two hours of one idle core
+    python benchmarks/training_text.py --json FILE      an hour of one core
     python benchmarks/training_text.py --quick          a tiny random model: shows that it runs
 
-Each run goes into FILE.runs.jsonl when it is done: a benchmark that was cut goes on where it was.
+Each run goes into FILE.full.runs.jsonl when it is done: a benchmark that was cut goes on where it
+was.
 """
 
 import report  # isort: skip  (first: it holds numpy and torch to one thread)
@@ -27,14 +31,12 @@ import report  # isort: skip  (first: it holds numpy and torch to one thread)
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pe_text
-import tables
 from fedsynth.core import accounting
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.privacy import Budget
@@ -48,7 +50,7 @@ from fedsynth.strategies.parts.tuned_language import LanguageTexts
 from numpy.typing import NDArray
 from pe_text import ACCURACY, BRIEFS, LIFT, SCHEMA, Case, Known
 
-LEVELS = {"inf": math.inf, "10": 10.0, "4": 4.0, "1": 1.0, "0": 0.0}
+LEVELS = {"0": 0.0, "1": 1.0, "4": 4.0, "inf": math.inf}
 TAUGHT = "small model, %"
 
 
@@ -58,8 +60,6 @@ class Size:
 
     Attributes:
       users: Who train, at most.
-      cohort: Of them in a round, in the mean.
-      rounds: Of training.
       judges: Users who judge, with `records` texts each at most.
       records: Texts of a user, at most.
       trained: Texts that a small model learns from.
@@ -68,18 +68,22 @@ class Size:
     """
 
     users: int
-    cohort: int
-    rounds: int
     judges: int
     records: int
     trained: int
     public: int
     seeds: int
 
+    @property
+    def cut(self) -> pe_text.Size:
+        """As the benchmark of votes cuts the same data."""
+        no_votes = {"rounds": 1, "candidates": 1, "expanded": 1}
+        return pe_text.Size(**asdict(self), **no_votes)
+
 
 SIZES = {
-    "quick": Size(60, 30, 2, 20, 2, 60, 100, 2),
-    "full": Size(6000, 800, 4, 300, 4, 300, 4000, 5),
+    "quick": Size(60, 20, 2, 60, 100, 2),
+    "full": Size(3000, 300, 4, 300, 4000, 5),
 }
 
 
@@ -89,78 +93,68 @@ def main() -> int:
     options.add_argument("--seeds", type=int, help="repetitions")
     options.add_argument("--data", help="only this data set")
     options.add_argument("--level", action="append", help="only this epsilon and 0")
+    options.add_argument("--texts", action="store_true", help="judge sampled texts, too")
     args = options.parse_args()
     name = "quick" if args.quick else "full"
     size = replace(SIZES[name], seeds=args.seeds or SIZES[name].seeds)
     levels = [level for level in LEVELS if args.level is None or level in (*args.level, "0")]
-    rows = ["real", *(f"epsilon={level}" for level in levels)]
+    rows = [*(["real"] if args.texts else []), *(f"epsilon={level}" for level in levels)]
     figures = report.Report("training_text", args)
-    with pe_text.kept(args.json, name) as (known, folder), tempfile.TemporaryDirectory() as scratch:
+    kept_as = f"{name}.texts" if args.texts else name
+    with (
+        pe_text.kept(args.json, kept_as) as (known, folder),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         path = str(_tiny(Path(scratch))) if args.quick else ""
-        cases = [c for c in _cases(figures, size, args.quick) if args.data in (None, c.name)]
-        for case in cases:
-            for seed in range(size.seeds):
+        cases = [
+            case
+            for case in pe_text.cases_of(figures, size.cut, quick=args.quick)
+            if args.data in (None, case.name)
+        ]
+        texts = folder if args.texts else None
+        for seed in range(size.seeds):
+            for case in cases:
                 for row in rows:
-                    _measure(case, size, known, folder, row, seed, path)
-        found = {case.name: _told(figures, case, size, known, rows) for case in cases}
+                    own = _seed_of(row, seed, args.texts)
+                    _measure(case, size, known, texts, row, own, path)
+        found = {}
+        for case in cases:
+            seeds = range(size.seeds)
+            runs = {
+                row: [known.of(case.name, row, _seed_of(row, s, args.texts)) or {} for s in seeds]
+                for row in rows
+            }
+            found[case.name] = _told(figures, case.name, runs)
         if not args.quick:
             _claims(figures, found)
             figures.note("SmolLM2 has most likely read such texts before: see the docstring")
     return figures.finish(by_case=True)
 
 
-def _cases(figures: report.Report, size: Size, quick: bool) -> Iterator[Case]:
-    """Chatters and roles; quick: the example's roles."""
-    cut = pe_text.Size(
-        size.users, size.judges, size.records, 1, 1, 1, size.trained, size.public, size.seeds
-    )
-    if quick:
-        speeches, held_out = pe_text.parquet("speeches"), pe_text.parquet("holdout")
-        yield pe_text.case_of("shakespeare", speeches, pe_text.flat(held_out), cut)
-        return
-    texts: dict[str, dict[str, list[str]]] = {}
-    for name, file, fewest in (
-        ("irc", "irc_users.jsonl.gz", 5),
-        ("shakespeare", "shakespeare_roles.jsonl.gz", 1),
-    ):
-        path = tables.folder().parent / "text" / file
-        if not path.exists():
-            figures.note(f"{file} is not at hand: nothing of {name}")
-            return
-        by_user = pe_text.read(path)
-        texts[name] = {user: own for user, own in by_user.items() if len(own) >= fewest}
-    for name, other in (("irc", "shakespeare"), ("shakespeare", "irc")):
-        yield pe_text.case_of(name, texts[name], pe_text.flat(texts[other]), cut)
-
-
 # --- runs
 
 
-def _strategy(case: Case, size: Size, path: str) -> DpLora:
-    """How users train, the same at every epsilon."""
-    num_users, brief = case.voters.num_users, BRIEFS[case.name]
-    place = {"first_layer": 1, "num_layers": 1, "rank": 2} if path else {}
+def _seed_of(row: str, seed: int, texts: bool) -> int:
+    """The seed that a row is measured with: the public model guesses the same in all of them."""
+    return 0 if row == "epsilon=0" and not texts else seed
+
+
+def _strategy(case: Case, path: str) -> DpLora:
+    """How users train: as the strategy has it, the same at every epsilon."""
+    brief = BRIEFS[case.name]
+    place = {"first_layer": 1, "num_layers": 1} if path else {}
     return DpLora(
-        num_users=num_users,
-        num_rounds=size.rounds,
-        sampling_prob=min(1.0, size.cohort / num_users),
-        clip=0.5,
-        local_lr=1.0,
-        local_batch=1,
-        server_optimizer="fedavgm",
-        server_lr=10.0,
-        momentum=0.0,
+        num_users=case.voters.num_users,
         about=brief["about"],
         examples=brief["examples"],
-        max_tokens=48,
         path=path,
         **place,
     )
 
 
-def _learned(case: Case, size: Size, row: str, seed: int, path: str) -> LanguageTexts:
+def _learned(case: Case, row: str, seed: int, path: str) -> LanguageTexts:
     """What a run at a level releases."""
-    strategy, epsilon = _strategy(case, size, path), LEVELS[row.partition("=")[2]]
+    strategy, epsilon = _strategy(case, path), LEVELS[row.partition("=")[2]]
     rng = np.random.default_rng([seed, 7])
     if not epsilon:
         model = strategy.model_for(RecordShape.of(SCHEMA))
@@ -177,32 +171,42 @@ def _learned(case: Case, size: Size, row: str, seed: int, path: str) -> Language
 
 
 def _measure(
-    case: Case, size: Size, known: Known, folder: Path, row: str, seed: int, path: str
+    case: Case, size: Size, known: Known, folder: Path | None, row: str, seed: int, path: str
 ) -> None:
-    """One run and its judges, if it is not known."""
+    """One run and its judges, if it is not known; with a folder, also by texts."""
     if known.of(case.name, row, seed) is not None:
         return
     found: dict[str, Any] = {}
     with report.cpu_timer() as spent:
-        if row == "real":
-            order = np.random.default_rng([seed, 9]).permutation(len(case.others))
-            texts = [case.others[i] for i in order[: size.trained]]
-        else:
-            learned = _learned(case, size, row, seed, path)
+        learned = None
+        if row != "real":
+            learned = _learned(case, row, seed, path)
             guesses = _guesses(case, learned)
             found = {
                 "guesses": guesses[:, :2].astype(int).tolist(),
                 "accuracy": float(guesses[:, 0].sum() / guesses[:, 1].sum()),
                 "surprise": float(guesses[:, 2].sum() / guesses[:, 1].sum()),
             }
-            drawn = learned.sample(size.trained, np.random.default_rng([seed, 8])).texts
-            texts = [] if drawn is None else [str(text) for text in drawn]
+    if folder is not None:
+        found = _of_texts(case, size, folder, learned, seed) | found
+    known.add(found | {"CPU-s": spent[0]}, case.name, row, seed)
+
+
+def _of_texts(
+    case: Case, size: Size, folder: Path, learned: LanguageTexts | None, seed: int
+) -> dict[str, Any]:
+    """What a small model learns from sampled texts; `None`: from those of other users."""
+    if learned is None:
+        order = np.random.default_rng([seed, 9]).permutation(len(case.others))
+        texts = [case.others[i] for i in order[: size.trained]]
+    else:
+        drawn = learned.sample(size.trained, np.random.default_rng([seed, 8])).texts
+        texts = [] if drawn is None else [str(text) for text in drawn]
     base = pe_text.base_of(case, folder)
     small = fine_tune(texts, base, seed=seed, learning_rate=pe_text.step_of(base.shape))
     taught = pe_text.accuracy_of(small, case)
     words = float(np.mean([len(text.split()) for text in texts]))
-    found = {"accuracy": taught["accuracy"]} | found
-    known.add(found | {"taught": taught, "words": words, "CPU-s": spent[0]}, case.name, row, seed)
+    return {"accuracy": taught["accuracy"], "taught": taught, "words": words}
 
 
 def _guesses(case: Case, learned: LanguageTexts) -> NDArray[np.float64]:
@@ -246,16 +250,12 @@ def _tiny(folder: Path) -> Path:
 
 
 def _told(
-    figures: report.Report, case: Case, size: Size, known: Known, rows: Sequence[str]
+    figures: report.Report, data: str, found: dict[str, list[dict[str, Any]]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Put the rows of one data set into the table; its runs by row, one a seed."""
-    found = {
-        row: [known.of(case.name, row, seed) or {} for seed in range(size.seeds)] for row in rows
-    }
+    """Put the rows of one data set into the table; `found` are its runs by row, one a seed."""
     zero = found["epsilon=0"]
-    wrote = [run["taught"] for run in zero]
-    for row in rows:
-        name, runs = f"{case.name} {row}", found[row]
+    for row, runs in found.items():
+        name = f"{data} {row}"
         if row != "real":
             figures.add(name, f"{ACCURACY}, %", [100 * r["accuracy"] for r in runs], unit="%")
             figures.add(name, "nats a token", [r["surprise"] for r in runs], unit="")
@@ -264,13 +264,14 @@ def _told(
             figures.add(name, f"{LIFT}, points", [100 * lift for lift in lifts], unit="")
             figures.add(name, "p over users", pe_text.p_users(runs, zero), unit="")
             figures.add(name, "p over seeds", pe_text.p_seeds(lifts), unit="")
-        taught = [run["taught"] for run in runs]
-        figures.add(name, TAUGHT, [100 * run["accuracy"] for run in taught], unit="%")
-        if row != "epsilon=0":
-            lifts = pe_text.apart(taught, wrote, "accuracy")
-            figures.add(name, f"its {LIFT}, points", [100 * lift for lift in lifts], unit="")
-            figures.add(name, "its p over seeds", pe_text.p_seeds(lifts), unit="")
-        figures.add(name, "words a text", [run["words"] for run in runs], unit="words")
+        if "taught" in runs[0]:
+            taught = [run["taught"] for run in runs]
+            figures.add(name, TAUGHT, [100 * run["accuracy"] for run in taught], unit="%")
+            if row != "epsilon=0":
+                lifts = pe_text.apart(taught, [run["taught"] for run in zero], "accuracy")
+                figures.add(name, f"its {LIFT}, points", [100 * lift for lift in lifts], unit="")
+                figures.add(name, "its p over seeds", pe_text.p_seeds(lifts), unit="")
+            figures.add(name, "words a text", [run["words"] for run in runs], unit="words")
         figures.add(name, "CPU-s", [run["CPU-s"] for run in runs], unit="CPU-s")
     return found
 
@@ -279,7 +280,7 @@ def _claims(figures: report.Report, found: dict[str, dict[str, list[dict[str, An
     """Users must make the model better at other users' texts than it was without them."""
     for name, rows in found.items():
         for row, runs in rows.items():
-            if row in ("real", "epsilon=0") or (name, row) == ("shakespeare", "epsilon=1"):
+            if row in ("real", "epsilon=0"):
                 continue
             lifts = pe_text.apart(runs, rows["epsilon=0"], "accuracy")
             over_users = pe_text.p_users(runs, rows["epsilon=0"])

@@ -34,7 +34,7 @@ _APPLICATION_ID = 0x66736F64  # "fsod"
 _VERSION = 2
 _BUSY_S = 60.0
 _MAX_PLAN_ENTRIES = 4096  # kinds of sums in one plan
-_MAX_SAMPLED_KINDS = 128  # pricing takes a fifth of a second for each, and others wait
+_MAX_SAMPLED_KINDS = 128  # pricing takes a fifth of a second for each
 _MAX_KINDS_OVER_RECORDS = 4  # of those, over several records of a user: up to five seconds each
 _MAX_ANSWER = 999_000_000  # bytes; SQLite holds a thousand million in a row
 _SUMS = """
@@ -362,20 +362,22 @@ class Odometer:
 
     def _commit(self, ask: Ask, commitment: str, digest: str, cap: Budget) -> ClientCode | None:
         """Price the run beside all others and set it down, if the cap holds it."""
-        from ..core.accounting import compose, epsilon_of, leaves
+        from ..core.accounting import leaves
 
         try:
             plan = _event(ask.plan)
         except ConfigError:
             return ClientCode.MALFORMED
+        if any(leaf.is_sampled for leaf in leaves(plan)):
+            # seconds, in which no other client of the file should wait; the price below is kept
+            self._priced(ask.population, plan, cap)
         with self._store.transaction(synced=self._synced) as db:
             elsewhere = db.execute(
                 "SELECT digest FROM runs WHERE client = ? AND run = ?", (self._client, ask.run)
             ).fetchone()
             if elsewhere is not None:  # by another process just now, or on another population
                 return None if elsewhere[0] == digest else ClientCode.CONFLICT
-            committed = self._plans(ask.population).values()
-            epsilon = epsilon_of(compose([*committed, plan]), cap.delta)
+            epsilon = self._priced(ask.population, plan, cap)
             if not epsilon <= cap.epsilon:
                 return ClientCode.BUDGET_REFUSED
             db.execute(
@@ -395,6 +397,12 @@ class Odometer:
                 [(self._client, ask.run, *leaf, count) for leaf, count in leaves(plan).items()],
             )
         return None
+
+    def _priced(self, population: str, plan: "DpEvent", cap: Budget) -> float:
+        """Epsilon of a plan beside all that were committed on the population."""
+        from ..core.accounting import compose, epsilon_of
+
+        return epsilon_of(compose([*self._plans(population).values(), plan]), cap.delta)
 
     def _plans(self, population: str) -> "dict[str, DpEvent]":
         """The plans committed on a population, by run."""

@@ -7,7 +7,7 @@ asks a choice the same bound holds for the L1 norm of the user's part in every b
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from .randomness import KeyStream, lattice_noise
 from .series import ONE, Turn
 
 _SLICE = 1 << 15  # values clipped at a time; a slice stays in the processor's cache
-_SPAN = 1 << 12  # of each row, where rows are longer than a slice
+_SPAN = 1 << 10  # values of a row pulled in at a time
 _MISSHAPEN = (
     "a contribution must hold a row of the query's length for each user of the block, or whole"
     " numbers of cells in the order of users, with a finite height for each; make it by"
@@ -29,6 +29,7 @@ _MISSHAPEN = (
 _LEAST_SHARE = 2  # grains: a share of noise that is finer would not survive being rounded
 _FARTHEST = 9  # standard deviations, which no draw of noise reaches: see `lattice_noise`
 _MOST = 1 << 62  # in a cell, of whatever resolution
+_MOST_GROWTH = 0.25  # of a row's squared norm by rounding; beyond that it is mostly rounded away
 _SHRINK = 1 - 1e-6  # keeps a clipped row inside the bound in spite of float32 rounding
 
 
@@ -184,8 +185,6 @@ def _dense_sum(
     """`clipped_sum` of dense rows, in steps of a lattice."""
     if rows.ndim != 2 or rows.shape != (num_users, query.dim) or rows.dtype.kind not in "fiu":
         raise ConfigError(_MISSHAPEN)
-    if query.choice is None and query.dim > _SLICE:
-        return _long_sum(rows, query.clip, lattice)
     size = max(1, min(num_users, _SLICE // query.dim))
     steps = np.empty((size, query.dim))
     exact = np.zeros(query.dim)  # a sum of integers below 2^53 is exact in float64
@@ -200,106 +199,52 @@ def _dense_sum(
     return exact.astype(np.int64)
 
 
-def _long_sum(rows: NDArray[Any], clip: float, lattice: Lattice) -> NDArray[np.int64]:
-    """The sum of rows after `_to_lattice`, to the same bit, for rows that fill a cache.
-
-    Spans of a few rows at a time pass through memory that stays in the processor's cache.
-    """
-    num_rows, dim = rows.shape
-    exact, size = np.zeros(dim), _SLICE // _SPAN
-    work = np.empty((size, _SPAN))
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        for start in range(0, num_rows, size):
-            some = rows[start : start + size]
-            norms = np.sqrt(_long_squares(some, work))
-            tame = norms <= 1e15 * clip
-            if not tame.all():
-                for row in some[~tame]:
-                    exact += _whole_steps(row, clip, lattice)
-                some, norms = some[tame], norms[tame]
-            scale = np.where(norms > clip, clip * _SHRINK / np.maximum(norms, clip), 1.0)
-            factor = (scale / lattice.unit)[:, None]
-            squared = np.zeros(len(some))  # of integers: exact while below 2^53
-            for span, part in _spans(some, work):
-                np.rint(np.multiply(part, factor, out=part), out=part)
-                squared += np.einsum("ij,ij->i", part, part)
-                exact[span] += part.sum(axis=0)
-            over = ~(squared <= lattice.bound**2)
-            if over.any():
-                exact += _pulled_in(some[over], factor[over], squared[over], work, lattice)
-    return exact.astype(np.int64)
-
-
-def _pulled_in(
-    rows: NDArray[Any],
-    factor: NDArray[np.float64],
-    squared: NDArray[np.float64],
-    work: NDArray[np.float64],
-    lattice: Lattice,
-) -> NDArray[np.float64]:
-    """What pulling in rows that rounding took over the bound adds to their sum, `(dim,)`."""
-    pull = (lattice.bound * _SHRINK / np.sqrt(squared))[:, None]
-    change, after = np.zeros(rows.shape[1]), np.zeros(len(rows))
-    for span, part in _spans(rows, work):
-        np.rint(np.multiply(part, factor, out=part), out=part)
-        change[span] -= part.sum(axis=0)
-        np.trunc(np.multiply(part, pull, out=part), out=part)
-        after += np.einsum("ij,ij->i", part, part)
-        change[span] += part.sum(axis=0)
-    for row in np.flatnonzero(~(after <= lattice.bound**2)):
-        whole = np.trunc(np.rint(rows[row].astype(np.float64) * factor[row]) * pull[row])
-        change -= whole  # `_to_lattice` makes zeros of it
-    return change
-
-
-def _spans(
-    rows: NDArray[Any], work: NDArray[np.float64]
-) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Copies of some rows, span by span, in memory that is used again."""
-    for first in range(0, rows.shape[1], _SPAN):
-        span = slice(first, min(first + _SPAN, rows.shape[1]))
-        part = work[: len(rows), : span.stop - first]
-        part[:] = rows[:, span]
-        yield span, part
-
-
-def _long_squares(rows: NDArray[Any], work: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`_squares` of long rows, to the same bit: halved where numpy's pairwise sum halves them."""
-    size = rows.shape[1]
-    if size <= _SPAN:
-        part = work[: len(rows), :size]
-        part[:] = rows
-        return np.asarray(np.multiply(part, part, out=part).sum(axis=1))
-    half = size // 2 - size // 2 % 8
-    return _long_squares(rows[:, :half], work) + _long_squares(rows[:, half:], work)
-
-
-def _whole_steps(row: NDArray[Any], clip: float, lattice: Lattice) -> NDArray[np.float64]:
-    """One row after `_to_lattice`."""
-    whole = row.astype(np.float64)[None]
-    _to_lattice(whole, clip, lattice)
-    return np.asarray(whole[0])
-
-
 def _to_lattice(rows: NDArray[np.float64], clip: float, lattice: Lattice) -> None:
     """Clip each of `rows`, `(num_users, dim)`, and round it to whole lattice steps, in place."""
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         norms = np.sqrt(_squares(rows))
         for row in np.flatnonzero(~(norms <= 1e15 * clip)):
             norms[row] = _tame(rows[row], clip)
-        scale = np.where(norms > clip, clip * _SHRINK / np.maximum(norms, clip), 1.0)
+        fitting = clip * _SHRINK * _room_for_rounding(rows.shape[1], lattice)
+        scale = np.where(norms > clip, fitting / np.maximum(norms, clip), 1.0)
         rows *= (scale / lattice.unit)[:, None]
         np.rint(rows, out=rows)
-        squared = _squares(rows)  # of integers: exact while below 2^53
+        squared = np.einsum("ij,ij->i", rows, rows)  # of integers: exact while below 2^53
         for row in np.flatnonzero(~(squared <= lattice.bound**2)):
-            # rounding took a row that just fitted over the bound: pull it in, towards zero
-            np.trunc(rows[row] * (lattice.bound * _SHRINK / np.sqrt(squared[row])), out=rows[row])
-            if not float(rows[row] @ rows[row]) <= lattice.bound**2:
+            _pull_in(rows[row], squared[row] - lattice.bound**2)
+            if not float(np.einsum("i,i", rows[row], rows[row])) <= lattice.bound**2:
                 rows[row] = 0.0
+
+
+def _room_for_rounding(dim: int, lattice: Lattice) -> float:
+    """What a clipped row is shortened by, so that it is as long as the clip once it is rounded.
+
+    Rounding lengthens a row: its squared norm, in steps, grows by a twelfth a value. Where values
+    are too small for that to hold, nothing is left for it.
+    """
+    grows = dim / (12 * lattice.bound**2)
+    return math.sqrt(1 - grows) if grows < _MOST_GROWTH else 1.0
+
+
+def _pull_in(steps: NDArray[np.float64], excess: float) -> None:
+    """Move values one step towards zero, from the first on, till the squared norm is less enough.
+
+    So a row that rounding took just over the bound stays as long as the bound, to a step.
+    """
+    for first in range(0, len(steps), _SPAN):
+        part = steps[first : first + _SPAN]
+        falls = np.cumsum(np.maximum(2 * np.abs(part) - 1, 0))
+        last = int(np.searchsorted(falls, excess))
+        part[: last + 1] -= np.sign(part[: last + 1])
+        if last < len(part):
+            return
+        excess -= falls[-1]
 
 
 def _squares(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     """Squared norm of each row, the same to the bit however many rows there are."""
+    if rows.shape[1] > _SLICE:  # one by one, without a copy
+        return np.array([np.einsum("i,i", row, row) for row in rows])
     squares: NDArray[np.float64] = (rows * rows).sum(axis=1)
     return squares
 

@@ -196,10 +196,10 @@ _LEVELS = (
 TRAINING_TEXT = """## Language models tuned by users
 
 `python benchmarks/training_text.py --json FILE`: users of a chat room and roles in Shakespeare's plays, one text of each a round; `dp_lora`
-on SmolLM2-135M. Accuracy: share of next tokens of users who took no part that the tuned model itself guesses, after the prompt it
-was tuned with. `epsilon=0` is the model after that prompt without adapters, `epsilon=inf` exact sums. `small model`: the same share for
-a small model, trained on other public text and then on 300 texts of the row. Lift is over `epsilon=0`; `p over users` is of a bootstrap over
-those users, `p over seeds` of a t-test. SmolLM2 has most likely read such texts before.
+on SmolLM2-135M, with its defaults. Accuracy: share of next tokens of 300 users who took no part that the tuned model itself guesses, after the
+prompt it was tuned with. `epsilon=0` is the model after that prompt without adapters, `epsilon=inf` exact sums. Lift is over `epsilon=0`;
+`p over users` is of a bootstrap over those users, `p over seeds` of a t-test. Settings were chosen with other users as judges; what that
+choice tells of those who trained is not in epsilon. SmolLM2 has most likely read such texts before.
 """
 
 LEVELS = """## Where to clip

@@ -38,7 +38,10 @@ _KEPT_BYTES = 1 << 30  # of records' states
 _SEED = 5  # of the factors that are never trained
 
 Adapters = Mapping[str, tuple[Any, Any]]
-"""By `layer.part`: the factor that is never trained, `(rank, inputs)`, and the one that is."""
+"""By `layer.part`: the factor that is never trained, `(rank, inputs)`, and the one that is.
+
+That one is `(outputs, rank)`, or `(rows, outputs, rank)` where each row has its own.
+"""
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,17 @@ class Frozen:
             ]
         self._kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._kept_bytes = 0
+        self.tried: dict[tuple[Any, ...], tuple[int, ...]] = {}  # by `slopes`: chunks that may be
 
     def sizes(self, part: str) -> tuple[int, int]:
         """Inputs and outputs of a part of any layer."""
         outputs, inputs = self._layers[0][_full(part)].shape
         return inputs, outputs
+
+    @property
+    def num_words(self) -> int:
+        """Tokens that there are."""
+        return len(self._words)
 
     def told(self, prompt: str) -> tuple[int, list[tuple[Any, Any]]]:
         """A prompt's last token, and keys and values of those before it, a pair a layer."""
@@ -150,6 +159,67 @@ class Frozen:
         return _surprise(torch, self._normed(torch, states[0], self._last), self._output)(
             torch.tensor([*tokens, self.end])
         )
+
+    def beneath(
+        self, prompt: str, texts: Sequence[tuple[int, ...]], first: int, length: int, *, keep: bool
+    ) -> Any:
+        """States of texts under a layer, filled up to a length, `(num_texts, length, dim)`.
+
+        They are made in one piece of as many rows as there are texts.
+
+        Args:
+          prompt: What the texts follow.
+          texts: Tokens of each, fewer than `length`.
+          first: The layer.
+          length: Tokens of a row.
+          keep: Whether what is kept is looked up, and what is made is kept.
+        """
+        torch = torch_for(_NEEDED_BY)
+        last, past = self.told(prompt)
+        keys = [(prompt, text, first, length) for text in texts]
+        known = {key: self._kept[key] for key in keys if keep and key in self._kept}
+        filled = torch.zeros((len(texts), length), dtype=torch.long)
+        for row, text in zip(filled, texts, strict=True):
+            row[: len(text) + 1] = torch.tensor([last, *text])
+        states = self._words[filled]
+        if len(known) < len({*keys}):
+            turned = self._turned(torch, past[0][0].shape[1], length)
+            with torch.no_grad():
+                for i in range(first):
+                    states, _ = self._layer(torch, i, states, turned, past[i], {})
+        for row, key in zip(states, keys, strict=True):
+            if key in known:
+                row[: len(key[1]) + 1] = known[key]
+            elif keep:
+                self._keep(key, row[: len(key[1]) + 1])
+        return states
+
+    def surprises(
+        self,
+        prompt: str,
+        texts: Sequence[tuple[int, ...]],
+        states: Any,
+        adapters: Adapters,
+        first: int,
+    ) -> tuple[Any, Any, Any]:
+        """`losses` of several texts from their states under a layer, `(num_texts, length)` each.
+
+        Third, whether a place holds a token of the text or its end: elsewhere nothing is said.
+        """
+        torch = torch_for(_NEEDED_BY)
+        _, past = self.told(prompt)
+        num, length, dim = states.shape
+        turned = self._turned(torch, past[0][0].shape[1], length)
+        for i in range(first, self.num_layers):
+            states, _ = self._layer(torch, i, states, turned, past[i], adapters)
+        wanted = torch.zeros((num, length), dtype=torch.long)
+        is_told = torch.zeros((num, length), dtype=torch.bool)
+        for row, told, text in zip(wanted, is_told, texts, strict=True):
+            row[: len(text) + 1] = torch.tensor([*text, self.end])
+            told[: len(text) + 1] = True
+        flat = self._normed(torch, states.reshape(num * length, dim), self._last)
+        lost, right = _surprise(torch, flat, self._output)(wanted.flatten())
+        return lost.view(num, length), right.view(num, length), is_told
 
     def written(
         self, prompt: str, num: int, adapters: Adapters, *, max_tokens: int, seed: int
@@ -196,7 +266,11 @@ class Frozen:
             turned = self._turned(torch, past[0][0].shape[1], len(tokens))
             for i in range(first):
                 states, _ = self._layer(torch, i, states, turned, past[i], {})
-        self._kept[key] = states
+        return self._keep(key, states)
+
+    def _keep(self, key: tuple[Any, ...], states: Any) -> Any:
+        """States, in memory of their own; the oldest go where there is no room."""
+        self._kept[key] = states = states.clone()
         self._kept_bytes += states.nbytes
         while self._kept_bytes > _KEPT_BYTES:
             self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
@@ -213,7 +287,8 @@ class Frozen:
             y = weights[_full(part)](x)
             if (found := adapters.get(f"{i}.{part}")) is not None:
                 fixed, learned = found
-                y = y + (x @ fixed.T) @ learned.T.to(x.dtype)
+                few = (x @ fixed.T).view(*learned.shape[:-2], -1, fixed.shape[0])
+                y = y + (few @ learned.mT.to(x.dtype)).view(y.shape)
             return y
 
         def split(part: str, x: Any, num: int) -> Any:
@@ -340,7 +415,8 @@ def _surprise(torch: Any, states: Any, output: _Linear) -> Callable[[Any], tuple
             if ctx.needs_input_grad[0]:
                 ctx.save_for_backward(output.back(probs) - output.weight[tokens])
             else:
-                is_right = probs.argmax(-1) == tokens
+                is_right = probs[rows, tokens] == probs.amax(-1)
+                is_right[is_right.clone()] = probs[is_right].argmax(-1) == tokens[is_right]
             ctx.mark_non_differentiable(is_right)
             return lost, is_right
 

@@ -2,8 +2,8 @@
 """Keep where a strategy's public half stands, so that a resumed run goes on from there.
 
 One file in the run's working folder, replaced whole. It is a shortcut and never the truth: it
-names the run, its facts and the ledger's entry that ended its last round, and if any of that is
-not as the ledger has it, or there is no such file, all sums are replayed, to the same end.
+names the version, the run, its facts and the ledger's entry that ended its last round; if any of
+that is another, or there is no such file, all sums are replayed, to the same end.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import __version__
 from ..core.answering import Source, answered
 from ..core.checkpoint import Checkpoint, State
 from ..core.errors import SecurityRefusal
@@ -101,6 +102,7 @@ class Checkpoints:
         last = [e for e in self._ledger.entries(self._plan.run) if e.round == rounds]
         ended = bool(last) and last[-1].kind in ("release", "void")
         return {
+            "fedsynth": __version__,
             "run": self._plan.run,
             "committed": hashlib.sha256(canonical(self._plan.facts).encode()).hexdigest(),
             "rounds": rounds,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diffusion: classes' moments by one noisy sum, then what they lack, by users' clipped updates."""
+"""Diffusion: classes' moments by two noisy sums, then what they lack, by users' clipped updates."""
 
 import math
 from collections import Counter
@@ -17,7 +17,7 @@ from ..core.query import Contribution, NoisySum, Query, Steps
 from ..core.records import BoundedShard
 from ..core.schema import Schema
 from .parts.class_moments import ClassMoments, Measuring, kept
-from .parts.codec import Codec, Start, codec_for
+from .parts.codec import FARTHEST, STEPS, Codec, Start, codec_for
 from .parts.denoiser import Denoiser, Layout, Scope, directions_of, labels_of
 from .parts.diffusion import Diffusion
 from .parts.generator import label_column
@@ -29,7 +29,8 @@ from .parts.width import MOST_NUMBERS, refuse_wide
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
-_MOMENTS, _UPDATE = "moments", "update"
+_MEANS, _COVARIANCES, _UPDATE = "means", "covariances", "update"
+_FIRST = 0.25  # of what moments may cost, for the means
 _LEARNED_WIDTH = 256  # of the denoiser that public data taught
 
 
@@ -37,7 +38,7 @@ _LEARNED_WIDTH = 256  # of the denoiser that public data taught
 class DpDiffusion(Training):
     """A diffusion model of images in a few public numbers each, trained at the level of users.
 
-    First one noisy sum tells mean and covariance of each class: the model's warm start, which is
+    First two noisy sums tell mean and covariance of each class: the model's warm start, which is
     one Gaussian a class. Then users train a small denoiser, by clipped updates as in `dp_fedavg`,
     in what a class has beyond its Gaussian. Each noisy sum is drawn towards nothing by as much of
     it as noise explains: under much noise little is learned, and little is spoiled.
@@ -103,17 +104,17 @@ class DpDiffusion(Training):
             raise ConfigError(f"scope must be 'head' or 'all', not {self.scope!r}")
 
     def event(self, schema: Schema, noise_multiplier: float) -> "DpEvent":
-        """One sum for the moments and `num_rounds` for updates, by their shares."""
+        """Two sums for the moments and `num_rounds` for updates, by their shares."""
         from ..core.accounting import event_of
 
         self._optimizer().build(seed=0)
         codec, label = self._codec(schema)
         layout = self._layout(codec, RecordShape.of(schema), label)
-        moments = self._measuring(codec, layout, noise_multiplier)
+        moments = self._around(codec, layout, noise_multiplier)
         weights = sum(math.prod(shape) for shape in layout.shapes.values())
         refuse_wide(schema, self.name, max(moments.dim, weights, layout.num_classes * 4096))
-        warm, update = self._noise(noise_multiplier)
-        asked = Counter({Leaf(warm, 1.0): 1} if self.warm_share else {})
+        *warm, update = self._noise(noise_multiplier)
+        asked = Counter(Leaf(noise, 1.0) for noise in warm if self.warm_share)
         if self.warm_share < 1:
             asked[Leaf(update, float(self.sampling_prob))] += self.num_rounds
         return event_of(asked)
@@ -139,24 +140,21 @@ class DpDiffusion(Training):
             "label": np.array([label], dtype=np.int64),
             "digest": codec.digest(),
         }
-        warm, update = self._noise(noise_multiplier)
+        *warm, update = self._noise(noise_multiplier)
         moments = ClassMoments.unknown(codec, layout.num_classes)
         if self.warm_share:
-            asked = self._measuring(codec, layout, noise_multiplier)
-            noisy = yield Query(
-                _MOMENTS,
-                dim=asked.dim,
-                clip=asked.clip,
-                noise_multiplier=warm,
-                inputs={**public, "second_weight": np.array([asked.second_weight])},
-            )
-            moments = asked.read(noisy, codec)
+            first = Measuring(layout.num_classes, layout.num_latents)
+            noisy = yield self._asked(_MEANS, first, warm[0], public, moments)
+            moments = first.means(noisy, moments)
+            around = self._around(codec, layout, noise_multiplier)
+            noisy = yield self._asked(_COVARIANCES, around, warm[1], public, moments)
+            moments = around.covariances(noisy, moments)
         told: dict[str, NDArray[Any]] = {**public, **moments.inputs(), "roots": moments.roots()}
-        first = layout.initial(codec.denoiser(), _public())
+        start = layout.initial(codec.denoiser(), _public())
         told["directions"] = np.zeros((layout.width + 1, 0), dtype=np.float32)
         if self.scope == "head":
-            told["directions"] = directions_of(first, moments, self._rank(layout), rng)
-        model = self._denoiser(layout, codec, label, told, first)
+            told["directions"] = directions_of(start, moments, self._rank(layout), rng)
+        model = self._denoiser(layout, codec, label, told, start)
         weights = model.initial(rng)
         if self.warm_share < 1:
             steps = self.updates_from(weights, update, rng)
@@ -190,7 +188,7 @@ class DpDiffusion(Training):
                 " version of fedsynth at both"
             )
         layout = self._layout(codec, shape, label)
-        if query.name == _MOMENTS:
+        if query.name in (_MEANS, _COVARIANCES):
             return self._moments(query, shard, shape, codec, layout, label)
         model = self._told(query, codec, layout, label)
         return self.contribution(model, shape, query, shard, rng)
@@ -215,17 +213,25 @@ class DpDiffusion(Training):
         label: int,
     ) -> Contribution:
         """Each user's vector for the moments."""
-        weight = query.inputs.get("second_weight")
-        if weight is None or weight.shape != (1,) or not 0 < float(weight[0]) <= 1:
+        weight, centers = query.inputs.get("second_weight"), query.inputs.get("centers")
+        if weight is None or weight.shape != (1,) or not 0 <= float(weight[0]) <= 1:
             raise ConfigError("the request does not say how second moments are weighted")
-        asked = Measuring(layout.num_classes, layout.num_latents, float(weight[0]))
+        fits = (layout.num_classes, layout.num_latents)
+        if (
+            centers is None
+            or centers.shape != fits
+            or centers.dtype != np.int32
+            or (np.abs(centers.astype(np.int64)) > FARTHEST * STEPS).any()
+        ):
+            raise ConfigError("the request's centers do not fit the records it describes")
+        asked = Measuring(*fits, float(weight[0]))
         if query.dim != asked.dim:
             raise ConfigError("the request for moments does not fit the records it describes")
         shape.check(shard.records)
         if shard.records.images is None:
             raise ConfigError("records without images")
         codes = codec.encoded(shard.records.images)
-        return Contribution.rows(asked.rows(shard, codes, labels_of(shard.records, label)))
+        return Contribution.rows(asked.rows(shard, codes, labels_of(shard.records, label), centers))
 
     def _told(self, query: Query, codec: Codec, layout: Layout, label: int) -> Denoiser:
         """The denoiser that a request describes."""
@@ -302,21 +308,35 @@ class DpDiffusion(Training):
         width = _LEARNED_WIDTH if self._is_learned else self.width
         return Layout(codec.num_latents, num_classes, width)
 
-    def _measuring(self, codec: Codec, layout: Layout, noise_multiplier: float) -> Measuring:
-        """How moments are asked for under the noise of a run."""
-        return Measuring.under(
+    def _around(self, codec: Codec, layout: Layout, noise_multiplier: float) -> Measuring:
+        """How covariances are asked for under the noise of a run."""
+        return Measuring.around(
             layout.num_classes,
             codec.num_latents,
             num_users=self.num_users,
-            noise_multiplier=self._noise(noise_multiplier)[0],
+            noise_multiplier=self._noise(noise_multiplier)[1],
         )
 
-    def _noise(self, noise_multiplier: float) -> tuple[float, float]:
-        """Noise multipliers of the moments and of an update, by their shares of mu^2."""
+    def _asked(
+        self,
+        name: str,
+        asked: Measuring,
+        noise_multiplier: float,
+        public: Mapping[str, NDArray[Any]],
+        known: ClassMoments,
+    ) -> Query:
+        """The question for moments around what is known of them."""
+        weight = np.array([asked.second_weight])
+        inputs = {**public, "second_weight": weight, "centers": known.centers()}
+        return Query(name, asked.dim, asked.clip, noise_multiplier, inputs=inputs)
+
+    def _noise(self, noise_multiplier: float) -> tuple[float, float, float]:
+        """Noise multipliers of means, covariances and an update, by their shares of mu^2."""
         reach = self.sampling_prob * math.sqrt(self.num_rounds)
-        warm = noise_multiplier / (reach * math.sqrt(self.warm_share)) if self.warm_share else 1.0
+        shares = (self.warm_share * _FIRST, self.warm_share * (1 - _FIRST))
+        warm = [noise_multiplier / (reach * math.sqrt(share)) if share else 1.0 for share in shares]
         rest = 1 - self.warm_share
-        return warm, noise_multiplier / math.sqrt(rest) if rest else 1.0
+        return warm[0], warm[1], noise_multiplier / math.sqrt(rest) if rest else 1.0
 
 
 def _public() -> np.random.Generator:

@@ -2,7 +2,7 @@
 """DP-FedAvg-GAN: a critic trained by users' clipped updates, a network trained at the server."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from ..core.errors import ConfigError
 from ..core.query import Contribution, NoisySum, Query, Rounds, Steps, Strategy
 from ..core.records import BoundedShard
 from ..core.schema import Schema
-from .parts.adaptive_clip import AdaptiveClip, check_settings, with_bit
+from .parts.adaptive_clip import check_settings, clip_that_follows, with_bit
 from .parts.duel import Duel, Play
 from .parts.generator import label_column
 from .parts.histograms import Grid, Histograms, cells_of
@@ -21,7 +21,7 @@ from .parts.image_critic import ImageCritic
 from .parts.local_training import LocalTraining, updates
 from .parts.settings import check_range
 from .parts.simplex import pooled_total, to_simplex
-from .parts.trainable import RecordShape
+from .parts.trainable import Made, RecordShape
 from .parts.updates import Updates
 from .parts.width import refuse_wide
 
@@ -86,16 +86,16 @@ class DpFedAvgGan(Strategy):
     sampling_prob: float = 0.2
     clip: float = 1.0
     clip_quantile: float | None = 0.5
-    num_critic: int = 48
+    num_critic: int = 24
     num_fakes: int = 8
     steps_per_round: int = 30
     batch_size: int = 100
-    gain: float = 0.3
+    gain: float = 0.1
     pull: float = 0.2
     memory: float = 0.9
     num_codes: int = 16
     num_hidden: int = 128
-    network_lr: float = 0.002
+    network_lr: float = 0.004
     pixel_noise: float = 0.2
     name: ClassVar[str] = "dp_fedavg_gan"
 
@@ -152,20 +152,28 @@ class DpFedAvgGan(Strategy):
         state: State | None,
     ) -> Steps:
         """`rounds` from the state of a checkpoint on; `None`: from the beginning."""
+        critic, label = self._critic_for(schema)
+        first, each = self._split(noise_multiplier, label)
         if state is not None:
-            known = np.asarray(state["duel.probs"], dtype=np.float64)
-            game = _Game(self, schema, noise_multiplier, known, np.random.default_rng(0))
-            game.restore(state, rng)
-            return (yield from game.played())
-        _, label = self._critic_for(schema)
-        first, _ = self._split(noise_multiplier, label)
-        probs = np.ones(1)
-        if label >= 0:
-            histogram = Histograms.balanced([(Grid.whole(label, schema.shape[label]),)])
-            noisy = yield histogram.query(_LABELS, noise_multiplier=first, max_norm=1.0)
-            probs = _label_probs(histogram, noisy, schema.shape[label])
-        game = _Game(self, schema, noise_multiplier, probs, rng)
-        return (yield from game.played())
+            if (known := state.get("optimizer.probs")) is None:
+                raise ConfigError("a checkpoint without this strategy's network; start anew")
+            duel, steps = self._begun(critic, known, each, np.random.default_rng(0))
+            steps.restore(state)
+            duel.rng = rng
+        else:
+            probs = np.ones(1)
+            if label >= 0:
+                histogram = Histograms.balanced([(Grid.whole(label, schema.shape[label]),)])
+                noisy = yield histogram.query(_LABELS, noise_multiplier=first, max_norm=1.0)
+                probs = _label_probs(histogram, noisy, schema.shape[label])
+            duel, steps = self._begun(critic, probs, each, rng)
+        shape = RecordShape.of(schema).inputs()
+        while not duel.is_over:
+            noisy = yield steps.ask({**shape, "fakes": duel.fakes()})
+            steps.take(noisy)
+            duel.ended()
+            yield Checkpoint(steps.state)
+        return duel.network(schema, label)
 
     def answer(self, query: Query, shard: BoundedShard, rng: np.random.Generator) -> Contribution:
         """The mean over each user's records of their label, or each user's change of the critic."""
@@ -181,7 +189,9 @@ class DpFedAvgGan(Strategy):
             raise ConfigError("the request's weights do not fit the critic of its settings")
         shape.check(shard.records)
         one_step = LocalTraining(steps=1, lr=1.0)
-        rows = updates(critic, weights, shard, one_step, seed=int(rng.integers(1 << 62)))
+        made = Made(shape, (ImageCritic, self.num_critic, fakes.shape))
+        seed = int(rng.integers(1 << 62))
+        rows = updates(critic, weights, shard, one_step, made=made, seed=seed)
         if has_bit:
             rows = with_bit(rows, clip=query.clip, bit_share=_CLIP_BIT_SHARE)
         return Contribution.rows(rows)
@@ -207,81 +217,57 @@ class DpFedAvgGan(Strategy):
         each = (self.num_rounds / (1 - share)) ** 0.5 * self.sampling_prob
         return noise_multiplier / _LABELS_SHARE**0.5, noise_multiplier * each
 
-
-class _Game:
-    """All that a run holds from round to round."""
-
-    def __init__(
+    def _begun(
         self,
-        settings: DpFedAvgGan,
-        schema: Schema,
-        noise_multiplier: float,
+        critic: ImageCritic,
         probs: NDArray[np.float64],
+        noise_multiplier: float,
         rng: np.random.Generator,
-    ) -> None:
-        self._settings, self._schema = settings, schema
-        critic, self._label = settings._critic_for(schema)
-        self._duel = Duel(
+    ) -> tuple[Duel, Updates]:
+        """Critic and network before the first round, and who asks users for updates of the critic.
+
+        Args:
+          critic: The critic's form.
+          probs: Share of each label.
+          noise_multiplier: Of each sum of updates.
+          rng: Public randomness.
+        """
+        play = Play(
+            steps=self.steps_per_round,
+            batch=self.batch_size,
+            gain=self.gain,
+            pull=self.pull,
+            memory=self.memory,
+            rate=self.network_lr,
+        )
+        duel = Duel(
             critic,
-            Play(
-                steps=settings.steps_per_round,
-                batch=settings.batch_size,
-                gain=settings.gain,
-                pull=settings.pull,
-                memory=settings.memory,
-                rate=settings.network_lr,
-            ),
-            num_codes=settings.num_codes,
-            num_hidden=settings.num_hidden,
-            num_fakes=settings.num_fakes,
-            pixel_noise=settings.pixel_noise,
+            play,
+            num_codes=self.num_codes,
+            num_hidden=self.num_hidden,
+            num_fakes=self.num_fakes,
+            pixel_noise=self.pixel_noise,
             label_probs=probs,
-            num_rounds=settings.num_rounds,
+            num_rounds=self.num_rounds,
             rng=rng,
         )
-        self._adaptive = None
-        if settings.clip_quantile is not None:
-            self._adaptive = AdaptiveClip(
-                settings.clip,
-                quantile=settings.clip_quantile,
+        return duel, Updates(
+            duel.start,
+            name=_CRITIC,
+            clip=self.clip,
+            noise_multiplier=noise_multiplier,
+            sampling_prob=self.sampling_prob,
+            num_users=self.num_users,
+            optimizer=duel,
+            adaptive=clip_that_follows(
+                self.clip,
+                quantile=self.clip_quantile,
                 rate=_CLIP_RATE,
                 bit_share=_CLIP_BIT_SHARE,
-                num_users=settings.sampling_prob * settings.num_users,
-            )
-        self._updates = Updates(
-            self._duel.start,
-            name=_CRITIC,
-            clip=settings.clip,
-            noise_multiplier=settings._split(noise_multiplier, self._label)[1],
-            sampling_prob=settings.sampling_prob,
-            num_users=settings.num_users,
-            optimizer=self._duel,
-            adaptive=self._adaptive,
+                num_users=self.num_users,
+                sampling_prob=self.sampling_prob,
+            ),
         )
-
-    def played(self) -> Steps:
-        """The rounds that are left."""
-        shape = RecordShape.of(self._schema).inputs()
-        while not self._duel.is_over:
-            noisy = yield self._updates.ask({**shape, "fakes": self._duel.fakes()})
-            self._updates.take(noisy)
-            self._duel.ended()
-            yield Checkpoint(self.state)
-        return self._duel.network(self._schema, self._label)
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """All of it, for a checkpoint."""
-        arrays = {f"duel.{name}": array for name, array in self._duel.state().items()}
-        arrays |= {} if self._adaptive is None else self._adaptive.state()
-        return arrays | {"critic": self._updates.weights}
-
-    def restore(self, state: State, rng: np.random.Generator) -> None:
-        """Go on where `state` was taken, with the randomness of then."""
-        known = {n.removeprefix("duel."): a for n, a in state.items() if n.startswith("duel.")}
-        self._duel.restore(known, rng)
-        if self._adaptive is not None:
-            self._adaptive.restore(state)
-        self._updates.weights = np.array(state["critic"], dtype=np.float64)
 
 
 def _label_probs(histogram: Histograms, noisy: NoisySum, num_labels: int) -> NDArray[np.float64]:

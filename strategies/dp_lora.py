@@ -24,6 +24,11 @@ class DpLora(Training):
     Of an adapter `B A` only B is trained; A is random and public (FFA-LoRA). Categories are sampled
     uniformly, since how often users have which is private and is not measured.
 
+    What users' updates have in common must outweigh noise that grows with the number of trained
+    weights, so there are few of them: by default one adapter in the last layer, which is also the
+    cheapest to train. Every user joins every round with one text, of few rounds; nearly all updates
+    are longer than the clip, so each counts by its direction alone.
+
     Attributes:
       about: What the texts are, in public words and in the plural.
       examples: Public texts of the kind, shown in the prompt.
@@ -57,14 +62,22 @@ class DpLora(Training):
         " texts that it was made from is not covered by the guarantee. Categories are drawn"
         " uniformly: how many records users have of each was not measured."
     )
+    num_rounds: int = 3
+    sampling_prob: float = 1.0
+    clip: float = 0.5
+    local_lr: float = 1.0
+    local_batch: int | None = 1
+    server_optimizer: str = "fedavgm"
+    server_lr: float = 20.0
+    momentum: float = 0.0
     about: str = "short texts"
     examples: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
-    first_layer: int = 24
-    num_layers: int = 3
+    first_layer: int = 29
+    num_layers: int = 1
     parts: tuple[str, ...] = ("down_proj",)
     rank: int = 4
-    max_tokens: int = 64
+    max_tokens: int = 48
     path: str = ""
 
     def check(self) -> None:

@@ -55,6 +55,7 @@ SYNTHESIZERS = {
     "network": "strategies.parts.generator:Network",
     "autoencoder": "strategies.parts.autoencoder:Autoencoder",
     "diffusion": "strategies.parts.diffusion:Diffusion",
+    "latent_gaussians": "strategies.parts.latent_gaussians:LatentGaussians",
     "guided": "strategies.dpdsyn:Guided",
     "language_texts": "strategies.parts.tuned_language:LanguageTexts",
 }

@@ -112,6 +112,16 @@ def test_popri_keeps_all_it_owes(scores):
     assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
 
 
+def test_dp_lora_keeps_all_it_owes(tiny_llama):
+    pytest.importorskip("transformers")
+    settings = {"first_layer": 1, "num_layers": 1, "path": str(tiny_llama()), "max_tokens": 6}
+
+    strategy = build_strategy("dp_lora", settings | {"num_users": 40, "num_rounds": 1})
+    findings = check_strategy(strategy, plain_texts())
+
+    assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
+
+
 READERS = {"private_evolution"} | TEXTS_ONLY
 
 

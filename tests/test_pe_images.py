@@ -15,7 +15,7 @@ def bench(benchmark_of):
 
 @pytest.fixture(scope="module")
 def case(bench):
-    return bench._case(True)
+    return bench.writers.case_of(True)
 
 
 def rng(seed=0):

@@ -128,6 +128,33 @@ class AdaptiveClip:
         self.clip = float(found[0])
 
 
+def clip_that_follows(
+    first: float,
+    *,
+    quantile: float | None,
+    rate: float,
+    bit_share: float,
+    num_users: int,
+    sampling_prob: float,
+) -> AdaptiveClip | None:
+    """The clip of a strategy's settings, or `None` without a quantile: it is fixed.
+
+    Args:
+      first: The first round's.
+      quantile: Share of users whose update shall fit.
+      rate: As of `AdaptiveClip`.
+      bit_share: As of `with_bit`.
+      num_users: Declared, public number of users.
+      sampling_prob: Probability that a user joins a round.
+    """
+    if quantile is None:
+        return None
+    expected = sampling_prob * num_users
+    return AdaptiveClip(
+        first, quantile=quantile, rate=rate, bit_share=bit_share, num_users=expected
+    )
+
+
 def check_settings(*, quantile: float, rate: float, bit_share: float) -> None:
     """Refuse impossible settings.
 

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean and covariance of each class, by one noisy sum, as far as noise lets them be seen."""
+"""Mean and covariance of each class, by two noisy sums, as far as noise lets them be seen."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...core.query import NoisySum
 from ...core.records import BoundedShard
-from .codec import STEPS, Codec
+from .codec import FARTHEST, STEPS, Codec
 from .simplex import CLEAR, to_simplex
 
 _ROOT_STEPS = 1 << 12  # of one, in which clients are told how to scale
 _LEAST, _MOST = 0.15, 20.0  # variances along any direction
-_NARROW, _WIDE = 0.1, 0.3  # weight of second moments, under much noise and under little
+_NARROW, _WIDE, _EVEN = 0.2, 0.6, 60.0  # weight of products, under much noise and under little
 _CUT = 0.8  # of a typical user's norm
 
 
@@ -26,11 +26,13 @@ class ClassMoments:
       shares: Of all records, `(num_classes,)`.
       means: `(num_classes, num_latents)`.
       covariances: `(num_classes, num_latents, num_latents)`.
+      doubts: Variance of the noise in each number of a class' mean, `(num_classes,)`.
     """
 
     shares: NDArray[np.float64]
     means: NDArray[np.float64]
     covariances: NDArray[np.float64]
+    doubts: NDArray[np.float64]
 
     @classmethod
     def unknown(cls, codec: Codec, num_classes: int) -> "ClassMoments":
@@ -40,7 +42,12 @@ class ClassMoments:
             np.full(num_classes, 1 / num_classes),
             np.zeros((num_classes, len(covariance))),
             np.repeat(covariance[None], num_classes, axis=0),
+            np.zeros(num_classes),
         )
+
+    def centers(self) -> NDArray[np.int32]:
+        """The means in whole steps, as clients are told them."""
+        return np.rint(self.means * STEPS).astype(np.int32)
 
     def roots(self) -> NDArray[np.float32]:
         """Symmetric square roots of the covariances."""
@@ -49,8 +56,7 @@ class ClassMoments:
     def inputs(self) -> dict[str, NDArray[np.int32]]:
         """What clients need to see records as their class has them, in whole steps."""
         backs = np.rint(_powers(self.covariances, -0.5) * _ROOT_STEPS)
-        means = np.rint(self.means * STEPS)
-        return {"means": means.astype(np.int32), "backs": backs.astype(np.int32)}
+        return {"means": self.centers(), "backs": backs.astype(np.int32)}
 
 
 def seen_by_class(
@@ -76,34 +82,37 @@ def seen_by_class(
 
 @dataclass(frozen=True)
 class Measuring:
-    """How the moments are asked for.
+    """How moments are asked for: first the means, then, around them, the covariances.
 
-    A user's vector is the mean over the user's records of a one, the latent numbers and their
-    products, each with a weight, in the place of the record's class. It is cut to a norm that most
-    users exceed: all that a user says is then scaled alike, which no ratio of sums feels.
+    A user's vector is the mean over the user's records of a one, of the latent numbers less their
+    class' center and, for covariances, of the products of these, each with a weight, in the place
+    of the record's class. Around a mean that is known, products are less than half as long as
+    around zero, and so is the noise. A vector is cut to a norm that most users exceed: all that a
+    user says is then scaled alike, which no ratio of sums feels.
 
     Attributes:
       num_classes: Classes.
       num_latents: Latent numbers.
-      second_weight: Of the products, beside means of weight one.
+      second_weight: Of the products, beside means of weight one; 0: there are none.
     """
 
     num_classes: int
     num_latents: int
-    second_weight: float
+    second_weight: float = 0.0
 
     @classmethod
-    def under(
+    def around(
         cls, num_classes: int, num_latents: int, *, num_users: int, noise_multiplier: float
     ) -> "Measuring":
-        """The weights that fit an amount of noise: under much of it, means come first."""
+        """For covariances; under much noise, what means still lack comes first."""
         signal = math.sqrt(num_users / noise_multiplier)
-        return cls(num_classes, num_latents, min(max(signal / 110, _NARROW), _WIDE))
+        return cls(num_classes, num_latents, min(max(signal / _EVEN, _NARROW), _WIDE))
 
     @property
     def width(self) -> int:
         """Numbers of one class."""
-        return 1 + self.num_latents + self.num_latents * (self.num_latents + 1) // 2
+        products = self.num_latents * (self.num_latents + 1) // 2 if self.second_weight else 0
+        return 1 + self.num_latents + products
 
     @property
     def dim(self) -> int:
@@ -114,11 +123,16 @@ class Measuring:
     def clip(self) -> float:
         """Somewhat less than the norm of a user of many records, evenly of all classes."""
         size = self.num_latents
-        squared = size + 2 * size + 4.5 * (size * self.second_weight) ** 2
+        squared = self._mass**2 + (0.7 if self.second_weight else 2) * size
+        squared += 0.8 * (size * self.second_weight) ** 2
         return _CUT * math.sqrt(squared / self.num_classes)
 
     def rows(
-        self, shard: BoundedShard, codes: NDArray[np.int64], labels: NDArray[np.int64]
+        self,
+        shard: BoundedShard,
+        codes: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        centers: NDArray[np.int32],
     ) -> NDArray[np.float32]:
         """Each user's vector, `(num_users, dim)`.
 
@@ -126,43 +140,57 @@ class Measuring:
           shard: The users.
           codes: Latent numbers of their records in whole steps, `(num_records, num_latents)`.
           labels: Class of each record.
+          centers: Of each class, in whole steps, `(num_classes, num_latents)`.
         """
         rows = np.zeros((shard.num_users, self.num_classes, self.width), dtype=np.float32)
         upper = np.triu_indices(self.num_latents)
-        first, second = self._weights()
+        weights = self._weights()
         starts = shard.starts
-        own = codes.astype(np.float64)
+        off = (codes - centers[labels]).astype(np.float64)
         for row, start, stop in zip(rows, starts[:-1], starts[1:], strict=True):
-            part, kind = own[start:stop], labels[start:stop]
+            part, kind = off[start:stop], labels[start:stop]
             for label in np.unique(kind):
                 mine = part[kind == label]  # sums of whole numbers: exact
-                products = (mine.T @ mine)[upper] / STEPS**2 - len(mine) * (upper[0] == upper[1])
-                row[label, 0] = len(mine) * math.sqrt(self.num_latents)
-                row[label, 1 : 1 + self.num_latents] = mine.sum(axis=0) / STEPS * first
-                row[label, 1 + self.num_latents :] = products * second
+                row[label, 0] = len(mine) * self._mass
+                row[label, 1 : 1 + self.num_latents] = mine.sum(axis=0) / STEPS
+                if self.second_weight:
+                    products = (mine.T @ mine)[upper] / STEPS**2 - len(mine) * (
+                        upper[0] == upper[1]
+                    )
+                    row[label, 1 + self.num_latents :] = products * weights
             row /= np.float32(stop - start)
         return rows.reshape(shard.num_users, self.dim)
 
-    def read(self, noisy: NoisySum, codec: Codec) -> ClassMoments:
-        """What a noisy sum tells; where it is but noise, what was thought before."""
-        size = self.num_latents
-        prior = ClassMoments.unknown(codec, self.num_classes)
-        first, second = self._weights()
-        sums = noisy.vector.reshape(self.num_classes, self.width)
-        masses, stddev = sums[:, 0] / math.sqrt(size), noisy.stddev / math.sqrt(size)
+    def means(self, noisy: NoisySum, prior: ClassMoments) -> ClassMoments:
+        """Shares and means by a sum around zero; where it is but noise, what was thought before."""
+        sums, masses, stddev = self._read(noisy)
         total = float(masses.sum())
         if noisy.is_void or total < CLEAR * stddev * math.sqrt(self.num_classes):
             return prior
-        shares = to_simplex(masses / total)
+        held = np.maximum(masses, max(stddev, 0.01 * total / self.num_classes))
+        noise = (noisy.stddev / held) ** 2
+        means = sums[:, 1:] / held[:, None]
+        share = kept(noise * self.num_latents, (means**2).sum(axis=1))
+        means = np.clip(means * share[:, None], -FARTHEST, FARTHEST)
+        means = np.rint(means * STEPS) / STEPS  # as clients are told them
+        return replace(prior, shares=to_simplex(masses / total), means=means, doubts=noise * share)
+
+    def covariances(self, noisy: NoisySum, known: ClassMoments) -> ClassMoments:
+        """Covariances by a sum around known means, and what these lacked."""
+        size = self.num_latents
+        sums, masses, stddev = self._read(noisy)
+        total = float(masses.sum())
+        if noisy.is_void or total < CLEAR * stddev * math.sqrt(self.num_classes):
+            return known
         held = np.maximum(masses, max(stddev, 0.01 * total / self.num_classes))
         noise = noisy.stddev / held  # of a mean of weight one
-        means = sums[:, 1 : 1 + size] / first / held[:, None]
-        means *= kept(noise**2 * size, (means**2).sum(axis=1))[:, None]
+        lacked = sums[:, 1 : 1 + size] / held[:, None]
+        lacked *= (known.doubts / np.maximum(known.doubts + noise**2, 1e-300))[:, None]
         beyond = np.zeros((self.num_classes, size, size))
         upper = np.triu_indices(size)
-        beyond[:, upper[0], upper[1]] = sums[:, 1 + size :] / second / held[:, None]
+        beyond[:, upper[0], upper[1]] = sums[:, 1 + size :] / self._weights() / held[:, None]
         beyond[:, upper[1], upper[0]] = beyond[:, upper[0], upper[1]]
-        beyond -= np.einsum("ki,kj->kij", means, means)
+        beyond -= np.einsum("ki,kj->kij", lacked, lacked)
         energy = (noise / self.second_weight) ** 2 * size * (size + 1) / 2
         weights = (1 / energy) / (1 / energy).sum()
         common = np.einsum("k,kij->ij", weights, beyond)
@@ -173,13 +201,22 @@ class Measuring:
         off = beyond - common
         off *= kept(energy, (off**2).sum(axis=(1, 2)))[:, None, None]
         found = np.eye(size) + common + off
-        return ClassMoments(shares, means, _powers(found, 1.0))
+        return replace(known, means=known.means + lacked, covariances=_powers(found, 1.0))
 
-    def _weights(self) -> tuple[float, NDArray[np.float64]]:
-        """Of the latent numbers, and of each product; one off the diagonal stands for two."""
+    def _read(self, noisy: NoisySum) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+        """Sums of each class, how many users' worth each class has, and the noise in that."""
+        sums = noisy.vector.reshape(self.num_classes, self.width)
+        return sums, sums[:, 0] / self._mass, noisy.stddev / self._mass
+
+    @property
+    def _mass(self) -> float:
+        """Weight of the ones; known nearly, when covariances are asked for."""
+        return math.sqrt(self.num_latents) / (2 if self.second_weight else 1)
+
+    def _weights(self) -> NDArray[np.float64]:
+        """Of each product; one off the diagonal stands for two."""
         upper = np.triu_indices(self.num_latents)
-        twice = np.where(upper[0] == upper[1], 1.0, math.sqrt(2))
-        return 1.0, self.second_weight * twice
+        return self.second_weight * np.where(upper[0] == upper[1], 1.0, math.sqrt(2))
 
 
 def kept(noise: NDArray[np.float64] | float, seen: NDArray[np.float64]) -> NDArray[np.float64]:

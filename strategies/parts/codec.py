@@ -16,7 +16,7 @@ from ...models import handwriting
 
 Start = Literal["handwriting", "scratch"]
 STEPS = 1 << 8  # of one, in which latent numbers are whole
-_FARTHEST = 16  # a latent number further out counts as this
+FARTHEST = 16  # a latent number further out counts as this
 _BASIS_STEPS = 1 << 12
 _SPREAD = 0.3  # of a pixel around middle gray, and
 _REACH = 3.0  # how many pixels it is alike over, in images that nothing is known of
@@ -133,7 +133,7 @@ class Cosines(Codec):
             2.0 * images.reshape(len(images), math.prod(self.image)) - 255
         )  # whole numbers: sums are exact
         found = np.rint(shades @ basis * (STEPS / (510 * _BASIS_STEPS)) / scales)
-        return np.clip(found, -_FARTHEST * STEPS, _FARTHEST * STEPS).astype(np.int64)
+        return np.clip(found, -FARTHEST * STEPS, FARTHEST * STEPS).astype(np.int64)
 
     def decoded(self, latent: NDArray[np.float32]) -> NDArray[np.uint8]:
         """The frequencies added up."""

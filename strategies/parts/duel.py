@@ -53,6 +53,10 @@ class Duel:
     """Critic and network, on their way from round to round.
 
     The critic's weights are `Updates.weights`: this is its optimizer.
+
+    Attributes:
+      start: The critic's first weights.
+      rng: Public randomness; of a run that goes on, set after `restore`.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class Duel:
           num_rounds: Rounds of the whole run.
           rng: Public randomness.
         """
-        self._critic, self._play, self._rng = critic, play, rng
+        self._critic, self._play, self.rng = critic, play, rng
         self._num_fakes, self._num_rounds = num_fakes, num_rounds
         self._pixel_noise, self._probs = pixel_noise, label_probs
         self._seen_noise = np.float32(pixel_noise / critic.pool)  # of a mean of pool^2 pixels
@@ -126,7 +130,7 @@ class Duel:
         each = np.full(play.batch, 1 / play.batch, dtype=np.float32)
         now, rate = anchor.copy(), play.rate * max(_LEAST_RATE, min(1.0, 2 * self._left))
         for _ in range(play.steps):
-            labels = self._rng.choice(num_labels, play.batch, p=self._probs)
+            labels = self.rng.choice(num_labels, play.batch, p=self._probs)
             values, shown, lit = self._drawn(labels)
             gap = self._real - critic.gradient(anchor, shown, labels, each)
             now += np.float32(play.gain) * gap - np.float32(play.pull) * (now - self.start)
@@ -165,9 +169,9 @@ class Duel:
         self, labels: NDArray[np.int64]
     ) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.float32]]:
         """New images: the network's layers, what is seen, and how much of a change of it shows."""
-        inputs = inputs_of(labels, self._critic.num_labels, self._weights, self._rng)
+        inputs = inputs_of(labels, self._critic.num_labels, self._weights, self.rng)
         values = layers(self._weights, inputs)
-        noise = self._rng.standard_normal(values[-1].shape, dtype=np.float32) * self._seen_noise
+        noise = self.rng.standard_normal(values[-1].shape, dtype=np.float32) * self._seen_noise
         shade = values[-1] + np.float32(0.5) + noise
         lit = np.where((shade > 0) & (shade < 1), np.float32(1), _LEAK)
         return values, np.clip(shade, 0, 1), lit
@@ -183,8 +187,8 @@ class Duel:
             "counts": np.array([self._counted, self._round, self._told, self._adam.steps])
         }
 
-    def restore(self, state: Mapping[str, NDArray[Any]], rng: np.random.Generator) -> None:
-        """Go on where `state` was taken, with the randomness of then.
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on where `state` was taken; `rng` is to be set to the randomness of then.
 
         Raises:
           ConfigError: It is another duel's.
@@ -193,7 +197,7 @@ class Duel:
         if any(n not in state or state[n].shape != a.shape for n, a in mine.items()):
             raise ConfigError("a checkpoint of another network; start from another or anew")
         self.start, self._probs = state["start"].copy(), state["probs"].copy()
-        self._real, self._rng = state["real"].copy(), rng
+        self._real = state["real"].copy()
         for name, weights in self._parts().items():
             for number, weight in enumerate(weights):
                 weight[:] = state[f"{name}{number}"]

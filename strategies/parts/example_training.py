@@ -17,15 +17,21 @@ from numpy.typing import NDArray
 from ...core.records import BoundedShard
 from .local_training import LocalTraining, one_thread, torch_for_training, updates
 from .module import ModuleTrainable
-from .trainable import Trainable
+from .trainable import Made, RecordShape, Trainable
+from .verdicts import Verdicts
 
 BATCH = 32
 _TOLERANCE = 1e-4
-_agreeing: dict[Any, bool] = {}
+_agreeing: Verdicts[bool] = Verdicts()
 
 
 def downhill(
-    model: Trainable, weights: NDArray[np.float32], shard: BoundedShard, *, seed: int
+    model: Trainable,
+    weights: NDArray[np.float32],
+    shard: BoundedShard,
+    *,
+    made: Made,
+    seed: int,
 ) -> NDArray[np.float32]:
     """The negative gradient of each record's loss, `(num_records, num_weights)`, float32.
 
@@ -33,6 +39,7 @@ def downhill(
       model: The model.
       weights: Where the gradients are taken, `(num_weights,)`.
       shard: The records, each as a user of its own.
+      made: What the model was made of.
       seed: Of the public randomness of losses, which is the same for every record.
 
     Raises:
@@ -44,9 +51,9 @@ def downhill(
         model.check_fit(weights)
         with one_thread(torch):
             by_opacus = _ByOpacus(torch, model, weights, seed)
-            if by_opacus.agrees(shard):
+            if by_opacus.agrees(made):
                 return by_opacus.rows(shard)
-    return updates(model, weights, shard, one_step, seed=seed)
+    return updates(model, weights, shard, one_step, made=made, seed=seed)
 
 
 class _ByOpacus:
@@ -79,30 +86,22 @@ class _ByOpacus:
             rows[start : start + len(some)] = -self._gradients(filled)[: len(some)]
         return rows
 
-    def agrees(self, shard: BoundedShard) -> bool:
+    def agrees(self, made: Made) -> bool:
         """Whether made-up records have the same bits at all places, and the right ones."""
-        shapes = tuple(
-            (part.dtype, tuple(part.shape[1:]))
-            for part in self._model.read(self._torch, shard.records.take(slice(0, 1)))
-        )
-        key = (repr(self._model), shapes)
-        if key not in _agreeing:
-            try:
-                _agreeing[key] = self._tried(shapes)
-            except (RuntimeError, AttributeError, NotImplementedError, ValueError):
-                _agreeing[key] = False  # Opacus cannot do what the model does
-        return _agreeing[key]
 
-    def _tried(self, shapes: tuple[tuple[Any, tuple[int, ...]], ...]) -> bool:
+        def found() -> bool:
+            try:
+                return self._tried(made.shape)
+            except (RuntimeError, AttributeError, NotImplementedError, ValueError):
+                return False  # Opacus cannot do what the model does
+
+        return _agreeing.of(made, (), found)
+
+    def _tried(self, shape: RecordShape) -> bool:
         torch, rng = self._torch, np.random.default_rng(0)
 
         def made_up() -> tuple[Any, ...]:
-            return tuple(
-                torch.from_numpy(rng.random((BATCH, *shape), dtype=np.float32)).to(dtype)
-                if dtype.is_floating_point
-                else torch.zeros((BATCH, *shape), dtype=dtype)
-                for dtype, shape in shapes
-            )
+            return self._model.read(torch, shape.made_up(rng, BATCH))
 
         one = made_up()
         same = tuple(part[:1].expand(BATCH, *part.shape[1:]).clone() for part in one)

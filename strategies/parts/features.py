@@ -24,8 +24,11 @@ class Features:
     are the cosines and sines of the wheels, which see columns and pixels together, and a one for
     each cell that it lights, which see each column clearly by itself.
 
+    An image may be seen by latent numbers of a public code instead of its pixels: the kernel is
+    then one of public features.
+
     Attributes:
-      pixels: Angle of each wheel for one step of each pixel's 255,
+      pixels: Angle of each wheel for one step of each pixel's 255, or of each latent number,
         `(num_pixels, num_frequencies)`.
       cells: Angle of each wheel for each cell, one array `(num_cells, num_frequencies)` a table
         column; without rows for a column that is left out.
@@ -46,6 +49,8 @@ class Features:
         num_pixels: int,
         num_cells: Sequence[int],
         num_bins: Sequence[int],
+        steps: int = 255,
+        farthest: int = 255,
     ) -> "Features":
         """The features of a seed: the same at every client and at the server.
 
@@ -58,6 +63,8 @@ class Features:
           num_cells: Cells of each table column; 0 leaves a column out.
           num_bins: How many of a column's first cells are the bins of a number, which turn a
             wheel in proportion to their place; 0 for a category.
+          steps: Whole steps of what counts as one in a pixel, or in a latent number.
+          farthest: Steps that it has at most, up or down.
 
         Raises:
           ConfigError: A bandwidth is so small that sums of angles are not exact.
@@ -66,7 +73,7 @@ class Features:
         scale = 1.0 / np.resize(np.asarray(bandwidths, dtype=np.float64), num_frequencies)
         source = np.random.PCG64(seed)
         pixels = _normals(source, num_pixels, num_frequencies)
-        pixels *= scale / (255.0 * max(1, num_pixels) ** 0.5)
+        pixels *= scale / (steps * max(1, num_pixels) ** 0.5)
         cells = []
         for count, bins in zip(num_cells, num_bins, strict=True):
             # two categories are at distance one: each gets half of the variance
@@ -76,7 +83,7 @@ class Features:
                 angles[:bins] = np.outer(places, angles[0]) * (_NUMBER_SPREAD * 2**0.5)
             cells.append((angles * (scale / max(1, columns) ** 0.5)).astype(np.float32))
         pixels = np.rint(pixels * GRID) / GRID
-        if not sums_exactly(pixels, 255.0):
+        if not sums_exactly(pixels, farthest):
             raise ConfigError(
                 f"bandwidths {min(bandwidths):g} and above make angles of {num_pixels} pixels too"
                 " large to be added exactly; raise the least of them"
@@ -99,19 +106,24 @@ class Features:
         """Height of the one that stands for a cell."""
         return np.float32((_CELL_SHARE / max(1, sum(len(c) > 0 for c in self.cells))) ** 0.5)
 
-    def of(self, records: Records) -> NDArray[np.float32]:
+    def of(self, records: Records, latent: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Features of each record, `(num_records, num_features)`, each row of norm one.
 
         A record's row is the same to the bit whatever other records stand beside it. Where a
         code is no cell of its column, the record's row is not finite.
+
+        Args:
+          records: The records.
+          latent: Latent numbers of their images in whole steps, `(num_records, num_pixels)`;
+            `None`: images are seen by their pixels.
         """
         num_records, num_frequencies = len(records), self.pixels.shape[1]
         features = np.zeros((num_records, self.num_features), dtype=np.float32)
         angles = np.zeros((num_records, num_frequencies), dtype=np.float32)
-        if records.images is not None and len(self.pixels):
+        seen = records.images if latent is None else latent
+        if seen is not None and len(self.pixels):
             # whole numbers on a grid, in float64: no rounding, so no dependence on the batch
-            flat = records.images.reshape(num_records, -1).astype(np.float64)
-            angles += flat @ self.pixels
+            angles += seen.reshape(num_records, -1).astype(np.float64) @ self.pixels
         first = 2 * num_frequencies
         for codes, cells in zip(records.codes.T, self.cells, strict=True):
             if len(cells):

@@ -20,6 +20,7 @@ from ...core.errors import ConfigError
 __all__ = ["FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedYogi", "FlowerOptimizer", "Strategy"]
 
 _WEIGHTS = "weights"
+_MOST_DOUBLINGS = 16
 _KNOWN = (FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad)  # whose state is arrays alone
 
 
@@ -75,7 +76,7 @@ class FlowerOptimizer:
         """What goes into a checkpoint; `None` where only a replay gives it: of a user's own."""
         if type(self._strategy) not in _KNOWN:
             return None
-        found = {"round": np.array([self._round, self._seed, self._nodes.num_asked])}
+        found = {"round": np.array([self._round, self._seed, self._nodes.doublings])}
         for key, value in vars(self._strategy).items():
             if isinstance(value, dict):
                 found |= {f"{key}/{name}": np.asarray(part) for name, part in value.items()}
@@ -92,7 +93,7 @@ class FlowerOptimizer:
         left = dict(state)
         if "round" not in left or type(self._strategy) not in _KNOWN:
             raise ConfigError("a checkpoint of another optimizer; remove it, and all is replayed")
-        self._round, self._seed, self._nodes.num_asked = (int(v) for v in left.pop("round"))
+        self._round, self._seed, self._nodes.doublings = (int(v) for v in left.pop("round"))
         rows: dict[str, list[tuple[int, NDArray[Any]]]] = {}
         for key, value in left.items():
             if "/" in key:
@@ -141,16 +142,20 @@ class _Nodes(Grid):
     """A grid of as many nodes as a strategy waits for; nobody is ever sent anything."""
 
     def __init__(self) -> None:
-        self.num_asked = 0
+        self.doublings, self._num_asked = 1, 0
 
     def get_node_ids(self) -> Iterable[int]:
-        """Two ids, as Flower wants at the least; twice as many each time that was not enough."""
-        self.num_asked += 1
-        return range(1, 1 + (1 << min(self.num_asked, 16)))
+        """Two ids, as Flower wants at the least; twice as many each time that was not enough.
+
+        Flower asks twice where it was: how many there are, and whether they suffice.
+        """
+        self._num_asked += 1
+        self.doublings = min(max(self.doublings, self._num_asked - 1), _MOST_DOUBLINGS)
+        return range(1, 1 + (1 << self.doublings))
 
     def starts_again(self) -> None:
-        """Forget how often it was asked in a round, but for the last time, which was enough."""
-        self.num_asked = max(0, self.num_asked - 1)
+        """Begin a round with as many ids as were enough in the last."""
+        self._num_asked = 0
 
     @property
     def run(self) -> Any:

@@ -28,13 +28,15 @@ _MOST_FAKES = 1 << 22  # numbers in the synthetic images of a request
 
 @dataclass(frozen=True)
 class ImageCritic(Trainable):
-    """Scores an image by hidden units that every label reads in its own way, and by a template.
+    """Scores an image by hidden units, which all labels read in part alike, and by a template.
 
-    The score of image x with label y is `tanh(x w + b) u[y] + x t[y]`, x being pooled pixels around
-    zero. The template t starts at zero: what it learns is by how much real images of a label are
-    brighter than synthetic ones, place by place. A record's loss is the mean score of the
-    synthetic images of its label, less its own score (Wasserstein). So what a user sends is near
-    zero where synthetic images are like the user's, and a small clip does not cut it.
+    The score of image x with label y is `tanh(x w + b) (v + u[y]) + x t[y]`, x being pooled pixels
+    around zero. Every record moves v, so what all labels have in common, such as a bug, is told
+    through far less noise than by the u of each. The template t starts at zero: what it learns is
+    by how much real images of a label are brighter than synthetic ones, place by place. A record's
+    loss is the mean score of the synthetic images of its label, less its own score (Wasserstein).
+    So what a user sends is near zero where synthetic images are like the user's, and a small clip
+    does not cut it.
 
     Attributes:
       image: `(height, width, channels)`.
@@ -108,6 +110,7 @@ class ImageCritic(Trainable):
             "enter.w": (self.num_seen, self.hidden),
             "enter.b": (self.hidden,),
             "leave.w": (self.num_labels, self.hidden),
+            "common.w": (self.hidden,),
             "template": (self.num_labels, self.num_seen),
         }
 
@@ -121,7 +124,8 @@ class ImageCritic(Trainable):
         spread = _ENTER / math.sqrt(self.num_seen)
         parts["enter.w"] = rng.normal(0, spread, parts["enter.w"].shape)
         parts["enter.b"] = rng.normal(0, 1, parts["enter.b"].shape)
-        parts["leave.w"] = rng.normal(0, _LEAVE, parts["leave.w"].shape)
+        for name in ("leave.w", "common.w"):
+            parts[name] = rng.normal(0, _LEAVE, parts[name].shape)
         return np.concatenate([part.ravel() for part in parts.values()]).astype(np.float32)
 
     def read(self, torch: Any, records: Records) -> tuple[Any, ...]:
@@ -184,11 +188,12 @@ class ImageCritic(Trainable):
         """
         w, x = self.split(weights), fakes - np.float32(0.5)
         hidden = np.tanh(x @ w["enter.w"] + w["enter.b"])
-        slopes = (1 - hidden * hidden) * w["leave.w"][labels] * heights[:, None]
+        slopes = (1 - hidden * hidden) * _read(w, labels) * heights[:, None]
         lit = np.zeros((len(x), self.num_labels), dtype=np.float32)
         lit[np.arange(len(x)), labels] = 1
         lit *= heights[:, None]
-        parts = (x.T @ slopes, slopes.sum(axis=0), lit.T @ hidden, lit.T @ x)
+        each = lit.T @ hidden
+        parts = (x.T @ slopes, slopes.sum(axis=0), each, each.sum(axis=0), lit.T @ x)
         return np.concatenate([part.ravel() for part in parts])
 
     def uphill(
@@ -200,7 +205,7 @@ class ImageCritic(Trainable):
         """Gradient of each image's score by what is seen of it, `(num_images, num_seen)`."""
         w, x = self.split(weights), fakes - np.float32(0.5)
         hidden = np.tanh(x @ w["enter.w"] + w["enter.b"])
-        slopes = (1 - hidden * hidden) * w["leave.w"][labels]
+        slopes = (1 - hidden * hidden) * _read(w, labels)
         up: NDArray[np.float32] = slopes @ w["enter.w"].T + w["template"][labels]
         return up
 
@@ -208,4 +213,9 @@ class ImageCritic(Trainable):
 def _scores(torch: Any, w: Mapping[str, Any], images: Any, labels: Any) -> Any:
     """Scores of images around zero."""
     hidden = torch.tanh(images @ w["enter.w"] + w["enter.b"])
-    return (hidden * w["leave.w"][labels]).sum(1) + (images * w["template"][labels]).sum(1)
+    return (hidden * _read(w, labels)).sum(1) + (images * w["template"][labels]).sum(1)
+
+
+def _read(w: Mapping[str, Any], labels: Any) -> Any:
+    """By which weights the units of each image are read, `(num_images, hidden)`."""
+    return w["leave.w"][labels] + w["common.w"]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -13,12 +14,13 @@ from numpy.typing import NDArray
 from ...core.errors import ConfigError
 from ...core.records import BoundedShard
 from .device import device_for
-from .trainable import Trainable
+from .trainable import Made, Trainable
 
 PerUser = Literal["auto", "loop", "vmap"]
 
 _ORDER, _CHANCE = 0, 1  # streams of public randomness
 _READ_RECORDS = 2048  # read at a time, so that memory is bounded
+_SLOPES = 1 << 26  # numbers of records' slopes, for the same reason
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def updates(
     shard: BoundedShard,
     training: LocalTraining,
     *,
+    made: Made,
     seed: int,
 ) -> NDArray[np.float32]:
     """Each user's change of the weights, `(num_users, num_weights)`, float32.
@@ -59,6 +62,7 @@ def updates(
       weights: Where every user starts, `(num_weights,)`.
       shard: The users.
       training: What each does.
+      made: What the model was made of.
       seed: Of the public randomness.
 
     Raises:
@@ -70,19 +74,22 @@ def updates(
     torch = torch_for_training()  # for nobody, too: a client that lacks it says so at once
     device = device_for(torch)
     model.check_fit(weights)
-    rows = np.zeros((shard.num_users, model.num_weights), dtype=np.float32)
+    rows = np.empty((shard.num_users, model.num_weights), dtype=np.float32)
     if not shard.num_users:
         return rows
     beside = training.per_user == "vmap" or (training.per_user == "auto" and model.side_by_side)
     with one_thread(torch):
         chance = chances(torch, device, model, shard, training, seed=seed)
         task = (torch, device, model, weights)
+        if training.steps == 1 and training.per_user == "auto" and model.has_slopes:
+            _by_slopes(*task, shard, training, seed, rows)
+            return rows
         if not beside:
             _loop(*task, shard, training, seed, chance, rows)
             return rows
-        alone = ~side_by_side(*task, shard, training, seed, chance, rows)
+        alone = ~side_by_side(*task, made, shard, training, seed, chance, rows)
         if alone.any():
-            left = np.zeros((int(alone.sum()), model.num_weights), dtype=np.float32)
+            left = np.empty((int(alone.sum()), model.num_weights), dtype=np.float32)
             _loop(*task, shard.only(alone), training, seed, chance, left)
             rows[alone] = left
     return rows
@@ -166,6 +173,38 @@ def _loop(
             for part, slope in zip(change.values(), slopes, strict=True):
                 part.sub_(slope, alpha=training.lr)
         torch.from_numpy(rows[user]).copy_(row)
+
+
+def _by_slopes(
+    torch: Any,
+    device: Any,
+    model: Trainable,
+    weights: NDArray[np.float32],
+    shard: BoundedShard,
+    training: LocalTraining,
+    seed: int,
+    rows: NDArray[np.float32],
+) -> None:
+    """`updates` of one step, by the model's own slopes of many users' records, into `rows`."""
+    rows[:] = 0
+    flat = torch.from_numpy(np.array(weights, dtype=np.float32)).to(device)
+    most = max(1, min(_READ_RECORDS, _SLOPES // model.num_weights))
+    owners: list[int] = []
+    taken: list[int] = []
+    for user, (start, end) in enumerate(pairwise(shard.starts.tolist())):
+        if end == start:
+            continue
+        own = places(end - start, training, seed=seed)[0]
+        owners += [user] * len(own)
+        taken += [start + int(place) for place in own]
+    for first in range(0, len(taken), most):
+        some, whose = taken[first : first + most], owners[first : first + most]
+        seen = model.read(torch, shard.records.take(np.array(some)))
+        slopes = model.slopes(torch, flat, tuple(part.to(device) for part in seen))
+        for user, slope in zip(whose, slopes, strict=True):
+            rows[user] -= slope
+    counts = np.maximum(1, np.bincount(owners, minlength=len(rows)))
+    rows *= (training.lr / counts)[:, None].astype(np.float32)
 
 
 class _Layout:

@@ -9,7 +9,8 @@ users are taken one by one.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.records import BoundedShard
-from .trainable import Trainable
+from .trainable import Made, RecordShape, Trainable
+from .verdicts import Verdicts
 
 if TYPE_CHECKING:
     from .local_training import LocalTraining
 
-_CHUNK_WEIGHTS = 1 << 22  # of a chunk's users together
+_CHUNK_WEIGHTS = 1 << 21  # of a chunk's users together; with more the memory is new each time
 _CHUNK_NUMBERS = 1 << 22  # of a chunk's records in one step
 _MOST_USERS = 64
+_CALL = 4  # users whose steps take as long as what a chunk takes beside its users
 _ALIGNED = 16  # numbers of 64 bytes
 
-_agreeing: dict[Any, tuple[int, ...]] = {}
+_agreeing: Verdicts[tuple[int, ...]] = Verdicts()
 
 
 def side_by_side(
@@ -35,6 +38,7 @@ def side_by_side(
     device: Any,
     model: Trainable,
     weights: NDArray[np.float32],
+    made: Made,
     shard: BoundedShard,
     training: "LocalTraining",
     seed: int,
@@ -52,9 +56,8 @@ def side_by_side(
     padded = np.array([_padded(int(count), training.batch) for count in counts])
     steps = _Steps(torch, model, weights, training.lr, device)
     sizes, done = {}, np.zeros(len(counts), dtype=np.bool_)
-    given = model.read(torch, shard.records.take(slice(0, 1)))  # of what types and shapes
     for size in np.unique(padded):
-        if allowed := _sizes(steps, given, chance, int(size)):
+        if allowed := _sizes(steps, made, chance, int(size)):
             sizes[int(size)] = allowed
             done |= padded == size
 
@@ -69,8 +72,8 @@ def side_by_side(
 
     for size, allowed in sizes.items():
         users = np.flatnonzero(padded == size)
-        for begin in range(0, len(users), allowed[-1]):
-            some = users[begin : begin + allowed[-1]]
+        for begin, end in _chunks(len(users), allowed):
+            some = users[begin:end]
             places_of = [taken_by(int(counts[user])) for user in some]
             lengths = [min(int(counts[user]), training.batch or size, size) for user in some]
             room = next(number for number in allowed if number >= len(some))
@@ -89,14 +92,48 @@ def side_by_side(
                 at = torch.from_numpy((np.stack(rank) + firsts[:, None])[filled]).to(device)
                 drawn = torch.from_numpy(taken[filled]).to(device)
                 batches.append((tuple(p[at] for p in seen), tuple(p[drawn] for p in chance[step])))
-            change = steps(batches, torch.from_numpy(share[filled]).to(device))
-            start = 0
-            for part in change.values():
-                width = math.prod(part.shape[1:])
-                flat = part[: len(some)].reshape(len(some), width).cpu().numpy()
-                rows[some, start : start + width] = flat
-                start += width
+            slopes = steps(batches, torch.from_numpy(share[filled]).to(device))
+            _write(rows, some, slopes, np.float32(-training.lr))
+            slopes.clear()  # before the next are made
     return done
+
+
+def _write(
+    rows: NDArray[np.float32], users: NDArray[np.intp], slopes: Mapping[str, Any], step: np.float32
+) -> None:
+    """Put a chunk's slopes times a step into the rows of its users."""
+    start = 0
+    for part in slopes.values():
+        width = math.prod(part.shape[1:])
+        flat = part[: len(users)].reshape(len(users), width).cpu().numpy()
+        for place, user in enumerate(users):  # row by row is faster than by an index
+            np.multiply(flat[place], step, out=rows[user, start : start + width])
+        start += width
+
+
+def _chunks(num_users: int, allowed: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Where chunks of users begin and end; the last may fill only a part of its own."""
+    begin, most = 0, allowed[-1]
+    while begin < num_users:
+        left = num_users - begin
+        size = most if left >= 2 * most else _chunk_sizes(left, allowed)[0]
+        yield begin, min(begin + size, num_users)
+        begin += size
+
+
+@lru_cache(maxsize=256)
+def _chunk_sizes(num_users: int, allowed: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of the chunks that take a few users in the least time, the largest first."""
+    if num_users <= 0:
+        return ()
+    options: list[tuple[int, ...]] = []
+    for size in allowed:
+        if size >= num_users:
+            options.append((size,))
+            break
+    if size != num_users and (smaller := [size for size in allowed if size < num_users]):
+        options.append((smaller[-1], *_chunk_sizes(num_users - smaller[-1], allowed)))
+    return min(options, key=lambda sizes: sum(sizes) + _CALL * len(sizes))
 
 
 def _padded(num_records: int, batch: int | None) -> int:
@@ -108,7 +145,10 @@ def _padded(num_records: int, batch: int | None) -> int:
 
 
 class _Steps:
-    """Gradient steps of a chunk of users from common weights."""
+    """Gradient steps of a chunk of users from common weights.
+
+    What a call gives may stand in memory that the next call in this thread writes to.
+    """
 
     def __init__(
         self, torch: Any, model: Trainable, weights: NDArray[np.float32], lr: float, device: Any
@@ -133,22 +173,25 @@ class _Steps:
     def __call__(
         self, batches: Sequence[tuple[tuple[Any, ...], tuple[Any, ...]]], share: Any
     ) -> dict[str, Any]:
-        """Each user's change of each weight, `(num_users, *shape)`.
+        """Each user's sum of slopes of each weight, `(num_users, *shape)`; `-lr` times that is won.
 
         Args:
           batches: Records and chance of each step, `(num_users, num_records, ...)`.
           share: Weight of each record in the loss, `(num_users, num_records)`.
         """
-        flat = self.torch.zeros((len(share), len(self._start)), device=self.device)
-        change = self._parts(flat)
-        now = self._parts(self._start.expand(len(share), -1))
+        memory = _memory(self.torch, self.device, len(share), len(self._start))
+        moved, sums = (self._parts(part) for part in memory)
+        start, slopes = self._parts(self._start.expand(len(share), -1)), {}
         for number, (seen, chance) in enumerate(batches):
-            if number:
-                now = self._parts(flat + self._start)
-            slopes = self._slopes(now, seen, chance, share)
-            for name, part in change.items():
-                part.sub_(slopes[name], alpha=self._lr)
-        return change
+            if not number:
+                slopes = self._slopes(start, seen, chance, share)
+                continue
+            for name, part in moved.items():
+                self.torch.add(start[name], slopes[name], alpha=-self._lr, out=part)
+            more = self._slopes(moved, seen, chance, share)
+            for name, part in sums.items():
+                slopes[name] = self.torch.add(slopes[name], more.pop(name), out=part)
+        return {name: slopes[name] for name in start}
 
     def _parts(self, flat: Any) -> dict[str, Any]:
         """Views of each weight in memory that is aligned, `(num_users, *shape)`."""
@@ -160,32 +203,47 @@ class _Steps:
         }
 
 
-def _sizes(
-    steps: _Steps, given: Sequence[Any], chance: list[tuple[Any, ...]], size: int
-) -> tuple[int, ...]:
+class _Memory(threading.local):
+    """What the chunks of a thread share, one after the other: new memory is slow to come by."""
+
+    held: Any = None
+
+    def __call__(self, torch: Any, device: Any, num_users: int, width: int) -> Any:
+        """Anything, `(2, num_users, width)`."""
+        size = 2 * num_users * width
+        if self.held is None or self.held.device != device or len(self.held) < size:
+            self.held = torch.zeros(size, dtype=torch.float32, device=device)
+        return self.held[:size].view(2, num_users, width)
+
+
+_memory = _Memory()
+
+
+def _sizes(steps: _Steps, made: Made, chance: list[tuple[Any, ...]], size: int) -> tuple[int, ...]:
     """Numbers of users that a chunk may have so that all of them give the same bits; or none.
 
     Looks at made-up records only: what the records are may not decide how users are taken.
     """
     model = steps.model
+    given = model.read(steps.torch, made.shape.made_up(np.random.default_rng(0), 1))
     per_user = size * sum(math.prod(part.shape[1:]) for part in given)
     most = min(_CHUNK_WEIGHTS // model.num_weights, _CHUNK_NUMBERS // max(1, per_user), _MOST_USERS)
     if most < 2:
         return ()
     most = 1 << (most.bit_length() - 1)
-    shapes = tuple((part.dtype, tuple(part.shape[1:])) for part in given)
-    key = (type(model), repr(model), min(2, len(chance)), shapes, size, most, str(steps.device))
-    if key not in _agreeing:
+
+    def found() -> tuple[int, ...]:
         try:
-            _agreeing[key] = _tried(steps, shapes, chance, size, most)
+            return _tried(steps, made.shape, chance, size, most)
         except RuntimeError:  # `torch.func` cannot do what the model does, or not with such records
-            _agreeing[key] = ()
-    return _agreeing[key]
+            return ()
+
+    return _agreeing.of(made, (min(2, len(chance)), size, most, str(steps.device)), found)
 
 
 def _tried(
     steps: _Steps,
-    shapes: Sequence[tuple[Any, tuple[int, ...]]],
+    shape: RecordShape,
     chance: list[tuple[Any, ...]],
     size: int,
     most: int,
@@ -195,16 +253,9 @@ def _tried(
     torch, rng = steps.torch, np.random.default_rng(0)
 
     def made_up(num_users: int) -> list[list[Any]]:
-        """Records of each step: numbers where numbers are wanted, and the first cell elsewhere."""
-        return [
-            [
-                torch.from_numpy(rng.random((num_users, size, *shape), dtype=np.float32)).to(dtype)
-                if dtype.is_floating_point
-                else torch.zeros((num_users, size, *shape), dtype=dtype)
-                for dtype, shape in shapes
-            ]
-            for _ in chance
-        ]
+        """Records of each step."""
+        read = [steps.model.read(torch, shape.made_up(rng, num_users * size)) for _ in chance]
+        return [[part.unflatten(0, (num_users, size)) for part in parts] for parts in read]
 
     one = made_up(1)
     drawn = [[p[:1].expand(size, *p.shape[1:]) for p in parts] for parts in chance]

@@ -3,7 +3,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,10 +14,12 @@ from ...core.errors import ConfigError
 from ...core.records import Records
 from ...core.schema import Schema
 from ...core.synthesizer import Synthesizer
+from ...core.texts import as_texts
 
 _MOST_SIDE = 1 << 14  # of an image, in pixels or channels
 _MOST_CELLS = 1 << 31  # of a column
 _MOST_BESIDE = 1 << 20  # weights
+_LETTERS = "abcdefgh "
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,31 @@ class RecordShape:
         if self.text and records.texts is None:
             raise ConfigError("records without the texts that the request describes")
 
+    def made_up(self, rng: np.random.Generator, num_records: int) -> Records:
+        """Random records of this shape."""
+        columns = [rng.integers(0, size, num_records) for size in self.cells]
+        codes = np.stack(columns, axis=1) if columns else np.zeros((num_records, 0))
+        images = texts = None
+        if self.image is not None:
+            images = rng.integers(0, 256, (num_records, *self.image), dtype=np.uint8)
+        if self.text:
+            texts = as_texts("".join(rng.choice(list(_LETTERS), 8)) for _ in range(num_records))
+        return Records(codes.astype(np.int32), images, texts=texts)
+
+
+@dataclass(frozen=True)
+class Made:
+    """All that a model was made of.
+
+    Attributes:
+      shape: Of the records that it is for.
+      settings: Everything else, in full, as a strategy's class and its settings: verdicts on the
+        model are kept under it in this process. `None`: none is kept.
+    """
+
+    shape: RecordShape
+    settings: Hashable = None
+
 
 class Trainable(ABC):
     """A model that users can train by gradient steps of their own.
@@ -158,6 +185,24 @@ class Trainable(ABC):
           Arrays whose leading axis is places; none for losses without randomness.
         """
         return ()
+
+    @property
+    def has_slopes(self) -> bool:
+        """Whether `slopes` is there, by which a single step of many users is faster."""
+        return False
+
+    def slopes(self, torch: Any, weights: Any, seen: tuple[Any, ...]) -> NDArray[np.float32]:
+        """The slope of each record's loss, `(num_records, num_weights)`, where there is no chance.
+
+        Each row must hang on that record and the weights alone, to the last bit, whoever the other
+        records are of.
+
+        Args:
+          torch: The library.
+          weights: The flat vector, `(num_weights,)`.
+          seen: What `read` gave, for records of any users.
+        """
+        raise NotImplementedError("a model that has_slopes must give them")
 
     def inputs(self) -> Mapping[str, NDArray[Any]]:
         """Public arrays by which a client sees that its model is the server's; none for most.

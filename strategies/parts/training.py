@@ -18,14 +18,14 @@ from ...core.leaf import Leaf
 from ...core.query import MAX_RECORDS, Contribution, Query, Rounds, Steps, Strategy
 from ...core.records import BoundedShard
 from ...core.schema import Schema
-from .adaptive_clip import AdaptiveClip, check_settings, with_bit
+from .adaptive_clip import check_settings, clip_that_follows, with_bit
 from .example_training import downhill
 from .factorization import Correlation, check_turns, series_of
 from .local_training import LocalTraining, PerUser, updates
 from .proposal import Pull
 from .server_optimizer import ServerOptimizer
 from .signal import Prospect
-from .trainable import RecordShape, Trainable
+from .trainable import Made, RecordShape, Trainable
 from .unfit import refuse_unfit
 from .updates import Updates
 from .width import refuse_wide
@@ -210,7 +210,7 @@ class Training(Strategy):
         model = self.model_for(shape)
         refuse_wide(schema, self.name, model.num_weights)
         if find_spec("torch") is not None:  # else clients refuse, before they look at a record
-            refuse_unfit(model, shape, level=self.level, kept_as=(type(self), repr(self)))
+            refuse_unfit(model, self.made(shape), level=self.level)
         if self.correlation != "none":
             return single_event(noise_multiplier, rounds=self.num_rounds)
         leaf = Leaf(noise_multiplier, float(self.sampling_prob), self.records_per_user or 1)
@@ -294,15 +294,14 @@ class Training(Strategy):
           noise_multiplier: Of each sum.
           rng: Public randomness of the optimizer; `None`: a checkpoint will be restored.
         """
-        adaptive = None
-        if self.clip_quantile is not None:
-            adaptive = AdaptiveClip(
-                self.clip,
-                quantile=self.clip_quantile,
-                rate=self.clip_rate,
-                bit_share=self.clip_bit_share,
-                num_users=self.sampling_prob * self.num_users,
-            )
+        adaptive = clip_that_follows(
+            self.clip,
+            quantile=self.clip_quantile,
+            rate=self.clip_rate,
+            bit_share=self.clip_bit_share,
+            num_users=self.num_users,
+            sampling_prob=self.sampling_prob,
+        )
         return Updates(
             weights,
             clip=self.clip,
@@ -335,15 +334,21 @@ class Training(Strategy):
         if (query.records > 0) != (self.level == "example"):
             raise ConfigError(f"a request that is not at the level of {self.level}s")
         model.check_inputs(query.inputs)
-        refuse_unfit(model, shape, level=self.level, kept_as=(type(self), repr(self)))
+        refuse_unfit(model, self.made(shape), level=self.level)
         seed = int(rng.integers(1 << 62))
         if self.level == "example":
-            return Contribution.rows(downhill(model, weights, shard, seed=seed))
+            return Contribution.rows(
+                downhill(model, weights, shard, made=self.made(shape), seed=seed)
+            )
         training = LocalTraining(self.local_steps, self.local_lr, self.local_batch, self.per_user)
-        rows = updates(model, weights, shard, training, seed=seed)
+        rows = updates(model, weights, shard, training, made=self.made(shape), seed=seed)
         if has_bit:
             rows = with_bit(rows, clip=query.clip, bit_share=self.clip_bit_share)
         return Contribution.rows(rows)
+
+    def made(self, shape: RecordShape) -> Made:
+        """What the model is made of that is trained on records of a shape."""
+        return Made(shape, (type(self), repr(self)))
 
     def _optimizer(self) -> ServerOptimizer:
         """The server's optimizer, by its name."""

@@ -27,6 +27,7 @@ from ...models.lora import (
     tokens_of,
 )
 from ...models.one_core import one_core
+from ...models.slopes import guesses_of, slopes_of
 from ...models.transformer import Transformers
 from .trainable import Trainable
 
@@ -167,6 +168,16 @@ class TunedLanguage(Trainable):
             lost.append(base.losses(prompt, tokens, adapters, self.place.first_layer)[0].mean())
         return torch.stack(lost)
 
+    @property
+    def has_slopes(self) -> bool:
+        """Texts of many users go through the model together."""
+        return True
+
+    def slopes(self, torch: Any, weights: Any, seen: tuple[Any, ...]) -> NDArray[np.float32]:
+        """The slope of each record's loss, of many records at once."""
+        adapters = self._adapters(self.split(weights))
+        return slopes_of(self.base, *self._told(seen), adapters, self.place.first_layer)
+
     def guesses(self, weights: NDArray[np.float32], records: Records) -> NDArray[np.float64]:
         """Tokens of each record guessed right, all of them, and the surprise, `(num_records, 3)`.
 
@@ -175,16 +186,15 @@ class TunedLanguage(Trainable):
         Privacy:
           None is added: for texts that judge a release, never for a shard in deployment.
         """
-        base, found = self.base, np.zeros((len(records), 3))
         with one_core(_NEEDED_BY, learns=True) as torch, torch.no_grad():
             adapters = self._adapters(self.split(torch.from_numpy(weights)))
-            rows, codes = self.read(torch, records)
-            for i, (row, code) in enumerate(zip(rows.tolist(), codes.tolist(), strict=True)):
-                tokens = tuple(token for token in row if token >= 0)
-                prompt = self.prompts.of(base, code)
-                lost, right = base.losses(prompt, tokens, adapters, self.place.first_layer)
-                found[i] = float(right.sum()), len(right), float(lost.sum())
-        return found
+            told = self._told(self.read(torch, records))
+            return guesses_of(self.base, *told, adapters, self.place.first_layer)
+
+    def _told(self, seen: tuple[Any, ...]) -> tuple[list[str], list[tuple[int, ...]]]:
+        """Prompt and tokens of each record."""
+        prompts = [self.prompts.of(self.base, code) for code in seen[1].tolist()]
+        return prompts, [tuple(t for t in row if t >= 0) for row in seen[0].tolist()]
 
     def synthesizer(self, schema: Schema, weights: NDArray[np.float32]) -> "LanguageTexts":
         """What samples texts by trained adapters."""

@@ -12,13 +12,12 @@ import numpy as np
 
 from ...core.errors import ConfigError
 from ...core.records import Records
-from ...core.texts import as_texts
 from .local_training import one_thread, torch_for_training
 from .module import ModuleTrainable
-from .trainable import RecordShape, Trainable
+from .trainable import Made, RecordShape, Trainable
+from .verdicts import Verdicts
 
 _TRIALS, _RECORDS = 2, 4
-_MOST_KEPT = 256
 _MIXES = (
     "the loss of one record changes with another record, so no clip bounds what one user moves."
     " Layers that mix records, as batch normalization, must go (torch.nn.GroupNorm and LayerNorm"
@@ -30,32 +29,27 @@ _REPLACED = {
     "RNN": "opacus.layers.DPRNN",
     "MultiheadAttention": "opacus.layers.DPMultiheadAttention",
 }
-_LETTERS = "abcdefgh "
-_fit: set[tuple[Any, ...]] = set()
+_fit: Verdicts[None] = Verdicts()
 
 
 def refuse_unfit(
-    model: Trainable,
-    shape: RecordShape,
-    *,
-    level: Literal["user", "example"] = "user",
-    kept_as: tuple[Any, ...] | None = None,
+    model: Trainable, made: Made, *, level: Literal["user", "example"] = "user"
 ) -> None:
     """Refuse a model that training by clipped sums cannot bound.
 
     Args:
       model: The model.
-      shape: Of the records that it is for.
+      made: What it was made of.
       level: `example`: it must also be one whose records' gradients Opacus can tell apart.
-      kept_as: What the model was made of, in full, under which a good verdict is kept in this
-        process; `None`: it is not kept.
 
     Raises:
       ConfigError: It is unfit; the text says why, and what to take instead.
     """
-    key = None if kept_as is None else (*kept_as, shape, level)
-    if key in _fit:
-        return
+    _fit.of(made, (level,), lambda: _refuse(model, made.shape, level))
+
+
+def _refuse(model: Trainable, shape: RecordShape, level: str) -> None:
+    """`refuse_unfit`, by trying."""
     if isinstance(model, ModuleTrainable):
         _refuse_layers(model.module, level)
     torch = torch_for_training()
@@ -65,10 +59,6 @@ def refuse_unfit(
             _try(torch, model, shape)
         finally:
             torch.random.set_rng_state(before)
-    if key is not None:
-        if len(_fit) >= _MOST_KEPT:
-            _fit.clear()
-        _fit.add(key)
 
 
 def _refuse_layers(module: Any, level: str) -> None:
@@ -128,8 +118,8 @@ def _try(torch: Any, model: Trainable, shape: RecordShape) -> None:
     """Refuse a model by what it does with made-up records."""
     rng = np.random.default_rng(0)
     for trial in range(_TRIALS):
-        records = _made_up(shape, rng)
-        other = _with(records, 1, _made_up(shape, rng))
+        records = shape.made_up(rng, _RECORDS)
+        other = _with(records, 1, shape.made_up(rng, _RECORDS))
         flat = model.initial(rng) + rng.normal(0, 0.02, model.num_weights).astype(np.float32)
         if not trial:
             _refuse_reading(torch, model, records)
@@ -253,19 +243,6 @@ def _constants(model: Trainable) -> dict[str, Any]:
 def _first(parts: tuple[Any, ...]) -> tuple[Any, ...]:
     """The first record's part of each tensor."""
     return tuple(part[:1] for part in parts)
-
-
-def _made_up(shape: RecordShape, rng: np.random.Generator) -> Records:
-    """Random records of a shape."""
-    columns = [rng.integers(0, size, _RECORDS) for size in shape.cells]
-    codes = np.stack(columns, axis=1) if columns else np.zeros((_RECORDS, 0))
-    images = None
-    if shape.image is not None:
-        images = rng.integers(0, 256, (_RECORDS, *shape.image), dtype=np.uint8)
-    texts = None
-    if getattr(shape, "text", 0):
-        texts = as_texts("".join(rng.choice(list(_LETTERS), 8)) for _ in range(_RECORDS))
-    return Records(codes.astype(np.int32), images, texts=texts)
 
 
 def _with(records: Records, place: int, others: Records) -> Records:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dp_accounting.dp_event import (
 from fedsynth.client.odometer import Odometer, digest_of
 from fedsynth.core import accounting
 from fedsynth.core.errors import ClientCode, ConfigError, FedsynthError, SecurityRefusal
+from fedsynth.core.leaf import Leaf
 from fedsynth.core.privacy import Budget, NoisePlacement
 from fedsynth.core.query import Query
 from fedsynth.core.selection import Tries
@@ -225,6 +227,38 @@ def test_processes_that_join_at_once_cannot_share_one_budget(crashes: Path):
     codes = (crashes / "race" / "codes").read_text()
 
     assert codes.strip() == "[0, 6, 6, 6, 6]"  # 6 is BUDGET_REFUSED
+
+
+def test_a_plan_may_hold_four_kinds_of_sums_over_records_and_no_fifth(odometer: Odometer):
+    kinds = {Leaf(40.0 + kind, 0.5, 2): 1 for kind in range(5)}
+    plan = plan_of(accounting.event_of(kinds))
+    fewer = plan_of(accounting.event_of(dict(list(kinds.items())[:4])))
+    wide = Budget(10.0, DELTA)
+
+    assert odometer.join(ask_of(run="run-2", plan=plan), cap=wide) is ClientCode.MALFORMED
+    assert odometer.join(ask_of(run="run-2", plan=fewer), cap=wide) is None
+
+
+def test_others_may_write_while_a_sampled_plan_is_priced(
+    path: Path, odometer: Odometer, monkeypatch: pytest.MonkeyPatch
+):
+    price, was_free = accounting.epsilon_of, []
+
+    def watched(event: DpEvent, delta: float) -> float:
+        with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
+            try:
+                other.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                was_free.append(False)
+            else:
+                was_free.append(True)
+        return price(event, delta)
+
+    monkeypatch.setattr(accounting, "epsilon_of", watched)
+    plan = plan_of(PoissonSampledDpEvent(0.125, GaussianDpEvent(31.0)))
+
+    assert odometer.join(ask_of(run="run-2", plan=plan), cap=Budget(10.0, DELTA)) is None
+    assert was_free == [True, False]  # and again, from memory, beside what may have come since
 
 
 def test_threads_that_join_at_once_cannot_share_one_budget(path: Path):

@@ -3,7 +3,6 @@
 
 import numpy as np
 import pytest
-from fedsynth.core import mechanism
 from fedsynth.core.errors import ConfigError
 from fedsynth.core.mechanism import (
     Lattice,
@@ -505,7 +504,7 @@ def test_a_query_that_cannot_be_is_refused(change):
 
 @pytest.mark.parametrize("resolution", [8, 16, 22])
 @pytest.mark.parametrize("dim", [(1 << 15) + 1, 40_000, 99_385])
-def test_a_long_row_is_clipped_to_the_same_bit_as_by_whole_rows(dim, resolution):
+def test_a_long_row_comes_out_to_the_same_bit_alone_and_never_beyond_the_bound(dim, resolution):
     draws = np.random.default_rng(dim)
     rows = draws.normal(size=(13, dim)) * 10.0 ** draws.integers(-3, 4, (13, 1))
     rows[2, 7], rows[3], rows[4], rows[5] = np.nan, 1e200, 0.0, 1.0  # of norms 0 to beyond double
@@ -515,9 +514,38 @@ def test_a_long_row_is_clipped_to_the_same_bit_as_by_whole_rows(dim, resolution)
 
     total = clipped_sum(Contribution.rows(rows), q)
 
-    whole = np.concatenate([mechanism._whole_steps(row, 1.0, grid)[None] for row in rows])
+    alone = [clipped_sum(Contribution.rows(row[None]), q) for row in rows]
     assert np.abs(total).max() > 0
-    assert (total == whole.sum(axis=0).astype(np.int64) * q.grain).all()
-    for row in rows[:7]:
-        alone = clipped_sum(Contribution.rows(row[None]), q) // q.grain
-        assert float(alone @ alone) <= grid.bound**2
+    assert (total == sum(alone)).all()
+    assert max(float(one // q.grain @ (one // q.grain)) for one in alone) <= grid.bound**2
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dim", [300, 20_000, 99_385, 215_370])
+def test_a_clipped_row_of_a_wide_model_keeps_length_and_direction(dim, dtype):
+    q = query(dim, 0.7, resolution=16)
+    step = Lattice.of(q).unit * q.grain
+    rows = np.random.default_rng(dim).normal(size=(8, dim)).astype(dtype)
+
+    for row in rows:
+        total = clipped_sum(Contribution.rows(row[None]), q) * Lattice.of(q).unit
+
+        fitting = 0.7 * row / np.linalg.norm(row.astype(np.float64))
+        cut = np.trunc(fitting / step) * step
+        assert 0.7 * (1 - 1e-4) < np.linalg.norm(total) <= 0.7
+        assert np.abs(total - fitting).max() <= 1.6 * step  # rounded, and a step towards zero
+        assert dim < 20_000 or np.linalg.norm(cut) < 0.7 * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("resolution", [8, 12, 16])
+@pytest.mark.parametrize("fraction", [0.5, 0.5 + 1e-9, 1.5 + 1e-9, 7.5 + 1e-9])
+def test_a_row_all_of_whose_values_are_rounded_up_is_pulled_in(fraction, resolution):
+    dim, base = 40_000, query(resolution=resolution)
+    step = Lattice.of(base).unit * base.grain
+    row = np.full(dim, fraction * step)
+    q = query(dim, float(np.linalg.norm(row)) * (1 + 1e-12), resolution=resolution)
+
+    total = clipped_sum(Contribution.rows(row[None]), q)
+
+    assert norm(total, q) <= q.clip
+    assert norm(total, q) > 0.9 * q.clip or fraction == 0.5

@@ -30,41 +30,13 @@ for package in ("transformers", "torch", "peft"):
 
 TUNING = Tuning(rank=4, alpha=32, beta=1.0, learning_rate=0.05, passes=30)
 SUBJECT = Subject(Schema((), text=TextColumn("message", 200)))
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<e>\n{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
-)
 LESSONS = ((0, "aa aa", "bb"), (1, "aaa", "cc b"), (0, "aa", "dd"))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny causal model with random weights and a tokenizer of bytes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("tiny")
-    letters = sorted(c for c in pre_tokenizers.ByteLevel.alphabet() if c.isascii() or c in "ĠĊ")
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=fast.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+def folder(tiny_llama) -> Path:
+    """A model that writes what can be printed."""
+    return tiny_llama(is_letter=lambda letter: letter.isascii() or letter in "ĠĊ")
 
 
 @pytest.fixture

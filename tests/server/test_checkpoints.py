@@ -132,6 +132,9 @@ def test_a_resumed_run_begins_at_its_checkpoint_and_ends_where_it_would_have(pla
         "of other sums": lambda path: path.write_bytes(
             path.read_bytes().replace(b'"rounds": 4', b'"rounds": 3')
         ),
+        "of another version": lambda path: path.write_bytes(
+            path.read_bytes().replace(b'"fedsynth": "0.', b'"fedsynth": "9.')
+        ),
         "not there": lambda path: path.unlink(),
     }.items(),
     ids=lambda item: item[0],

@@ -243,3 +243,11 @@ def test_noise_in_shares_needs_hidden_sums_and_an_aggregator_that_sees_none():
         federation(ok, sums_are_hidden=True, aggregator=Odd()).check(placement)
     federation(ok).check(NoisePlacement.CENTRAL)
     federation(ok).check(NoisePlacement.LOCAL)
+
+
+def test_correlated_noise_needs_the_clients_sum_where_the_server_adds_it():
+    with pytest.raises(ConfigError, match=r"'odd' does not form; nothing was asked"):
+        federation(ok, aggregator=Odd()).check_series(NoisePlacement.CENTRAL)
+
+    federation(ok).check_series(NoisePlacement.CENTRAL)
+    federation(ok, aggregator=Odd()).check_series(NoisePlacement.LOCAL)

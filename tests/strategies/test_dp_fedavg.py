@@ -18,6 +18,7 @@ from fedsynth.simulation.check import joined, made_up, small_images, small_table
 from fedsynth.strategies.dp_fedavg import DpFedAvg
 from fedsynth.strategies.parts.autoencoder import Autoencoder, Net
 from fedsynth.strategies.parts.local_training import LocalTraining, places, updates
+from fedsynth.strategies.parts.trainable import Made, RecordShape
 
 torch = pytest.importorskip("torch")
 
@@ -52,6 +53,10 @@ def people(net, records_per_user, seed=1):
     return BoundedShard(
         Records(codes.astype(np.int32), images), index, len(records_per_user), max(records_per_user)
     )
+
+
+def made_of(net):
+    return Made(RecordShape(net.cells, net.image), net)
 
 
 def weights_of(net, seed=0):
@@ -184,7 +189,7 @@ def test_a_users_update_is_that_of_a_hand_written_module_and_optimizer(net, trai
     shard, weights = people(net, [1, 3, 20]), weights_of(net)
     seen = [Records(s.records.codes, s.records.images) for s in (only(shard, u) for u in range(3))]
 
-    rows = updates(net, weights, shard, training, seed=5)
+    rows = updates(net, weights, shard, training, made=made_of(net), seed=5)
 
     expected = [hand_written_update(net, weights, records, training, 5) for records in seen]
     assert np.abs(np.array(expected)).max() > 0.01
@@ -197,9 +202,12 @@ def test_a_users_row_is_the_same_bits_whoever_else_is_in_the_block(net, training
     shard, weights = people(net, [1, 3, 1, 20, 2, 9, 1, 1, 5, 3] * 4), weights_of(net)
     order = np.random.default_rng(3).permutation(shard.num_users)
 
-    rows = updates(net, weights, shard, training, seed=5)
-    mixed = updates(net, weights, only(shard, *order), training, seed=5)
-    alone = [updates(net, weights, only(shard, user), training, seed=5)[0] for user in range(10)]
+    rows = updates(net, weights, shard, training, made=made_of(net), seed=5)
+    mixed = updates(net, weights, only(shard, *order), training, made=made_of(net), seed=5)
+    alone = [
+        updates(net, weights, only(shard, user), training, made=made_of(net), seed=5)[0]
+        for user in range(10)
+    ]
 
     assert (rows[order] == mixed).all()
     assert (rows[:10] == np.array(alone)).all()
@@ -211,13 +219,13 @@ def test_a_users_row_is_the_same_bits_in_a_model_of_99k_weights(per_user):
     shard, weights = people(LARGE, [20] * 19), weights_of(LARGE)
     others = people(LARGE, [20] * 18, seed=9)
 
-    rows = updates(LARGE, weights, shard, training, seed=5)
+    rows = updates(LARGE, weights, shard, training, made=made_of(LARGE), seed=5)
 
     for place in (0, 7, 18):
         before = others.only(np.arange(18) < place)
         after = others.only(np.arange(18) >= place)
         neighbors = joined(joined(before, only(shard, 4)), after)
-        row = updates(LARGE, weights, neighbors, training, seed=5)[place]
+        row = updates(LARGE, weights, neighbors, training, made=made_of(LARGE), seed=5)[place]
         assert (row == rows[4]).all()
 
 

@@ -145,7 +145,7 @@ def test_what_is_clipped_is_all_that_a_user_sends():
     moved = block_sum(strategy, query, joined(others, user), seed=(1, 1))
     moved = (moved - block_sum(strategy, query, others, seed=(1, 1))) * Lattice.of(query).unit
 
-    assert len(raw) == query.dim == ImageCritic((8, 8, 1), 3, True, 48).num_weights
+    assert len(raw) == query.dim == ImageCritic((8, 8, 1), 3, True, 24).num_weights
     assert np.linalg.norm(raw) > 10 * query.clip
     assert 0.99 * query.clip < np.linalg.norm(moved) <= query.clip
 

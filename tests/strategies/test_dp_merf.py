@@ -15,18 +15,41 @@ from fedsynth.core.privacy import Budget
 from fedsynth.core.query import NoisySum
 from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Column, ImageColumn, Schema
-from fedsynth.simulation.check import joined, made_up, small_images, small_table
+from fedsynth.simulation.check import check_strategy, joined, made_up, small_images, small_table
 from fedsynth.simulation.direct import direct_run, non_private, prior
 from fedsynth.strategies.dp_merf import DpMerf
-from fedsynth.strategies.parts import generator
+from fedsynth.strategies.parts import generator, latent_gaussians
+from fedsynth.strategies.parts.codec import Handwriting
 from fedsynth.strategies.parts.features import Features
 from fedsynth.strategies.parts.generator import Fitting, Network, Target
+from fedsynth.strategies.parts.latent_gaussians import Gaussians, LatentGaussians
 from fedsynth.strategies.registry import build_strategy
 
 PUBLIC = "public: made up"
 SCHEMAS = {"table": small_table(), "images": small_images()}
 MIXED = Schema(small_table().columns, small_images().image, "ill")
+WRITING = Schema(
+    (Column("digit", "category", PUBLIC, categories=("0", "1", "2")),),
+    ImageColumn("image", (28, 28, 1), PUBLIC),
+    target="digit",
+)
 RNG = np.random.default_rng(0)  # answers do not draw from it
+
+
+def written(counts, seed):
+    """Users with some records each, drawn by the public decoder; a label is six up in one number.
+
+    Within a label the numbers vary by one, but for the first two, which vary together.
+    """
+    rng, code = np.random.default_rng(seed), Handwriting()
+    labels = rng.integers(0, 3, sum(counts))
+    latent = rng.standard_normal((len(labels), code.num_latents)).astype(np.float32)
+    latent[:, 1] = 0.9 * latent[:, 0] + 0.4 * latent[:, 1]
+    latent[np.arange(len(labels)), 5 + labels] += 6
+    records = Records(labels[:, None].astype(np.int32), code.decoded(latent))
+    return BoundedShard(
+        records, np.repeat(np.arange(len(counts)), counts), len(counts), max(counts)
+    )
 
 
 def category(name, size):
@@ -54,7 +77,7 @@ def features_for(strategy, schema):
     return Features.draw(
         seed=strategy.feature_seed,
         num_frequencies=strategy.num_features // 2,
-        bandwidths=strategy.bandwidths,
+        bandwidths=strategy.bandwidths or (0.15, 0.2),
         num_pixels=int(inputs["num_pixels"][0]),
         num_cells=inputs["num_cells"].tolist(),
         num_bins=inputs["num_bins"].tolist(),
@@ -62,14 +85,14 @@ def features_for(strategy, schema):
 
 
 @pytest.mark.parametrize("schema", [*SCHEMAS.values(), MIXED], ids=["table", "images", "mixed"])
-def test_every_user_fits_the_clip_and_one_of_a_single_label_fills_it(schema):
+def test_every_user_has_norm_one_at_most_and_one_of_a_single_record_has_it(schema):
     strategy = DpMerf()
     query = first_query(strategy, schema)
     shard = made_up(schema, [1, 2, 30, 1, 500], seed=3)
 
     norms = np.linalg.norm(rows_of(strategy, query, shard).astype(np.float64), axis=1)
 
-    assert (norms <= query.clip).all()
+    assert (norms <= 1.0).all()
     assert norms[[0, 3]] == pytest.approx(1.0, abs=1e-5)
 
 
@@ -361,6 +384,9 @@ def test_the_label_is_the_target_if_that_is_a_category():
         ({"bandwidths": []}, "bandwidths"),
         ({"bandwidths": [0.0]}, "bandwidths"),
         ({"label_weight": 1.0}, "label_weight"),
+        ({"clip": 0.0}, "clip must lie above 0"),
+        ({"clip": 1.5}, "clip must lie above 0"),
+        ({"features": "learned"}, "features"),
         ({"num_steps": 0}, "num_steps must be 1 or more"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"pixel_noise": -0.1}, "pixel_noise"),
@@ -428,6 +454,216 @@ def test_noise_alone_pulls_the_network_towards_knowing_nothing():
         sizes.append(sum(float((w**2).sum()) for w in network.weights))
 
     assert sizes[1] < 0.5 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("schema", "clip"), [(SCHEMAS["table"], 1.0), (SCHEMAS["images"], 0.6 / 3**0.5)]
+)
+def test_users_of_images_are_cut_to_the_norm_of_those_of_many_records(schema, clip):
+    strategy = DpMerf()
+    query = first_query(strategy, schema)
+    shard = made_up(schema, [1, 400], seed=3)
+
+    norms = np.linalg.norm(rows_of(strategy, query, shard), axis=1)
+
+    assert query.clip == pytest.approx(clip)
+    assert first_query(DpMerf(clip=0.25), schema).clip == 0.25
+    assert norms[0] == pytest.approx(1.0, abs=1e-5)
+    if schema.image is not None:
+        assert norms[1] < clip
+
+
+@pytest.mark.parametrize(
+    ("strategy", "schema", "num_seen"),
+    [
+        (DpMerf(), WRITING, 31),
+        (DpMerf(features="public"), Schema((), WRITING.image), 31),
+        (DpMerf(features="random"), WRITING, 784),
+        (DpMerf(), Schema(MIXED.columns, WRITING.image, "ill"), 784),
+        (DpMerf(), SCHEMAS["images"], 64),
+        (DpMerf(), SCHEMAS["table"], 0),
+    ],
+)
+def test_features_are_public_where_there_are_public_ones(strategy, schema, num_seen):
+    query = first_query(strategy, schema)
+
+    assert int(query.inputs["num_pixels"][0]) == num_seen
+    assert len(query.inputs["digest"]) == (32 if num_seen == 31 else 0)
+
+
+@pytest.mark.parametrize(
+    "schema", [SCHEMAS["images"], SCHEMAS["table"], Schema(MIXED.columns, WRITING.image, "ill")]
+)
+def test_public_features_are_refused_where_there_are_none(schema):
+    with pytest.raises(ConfigError, match="take features = 'random'"):
+        DpMerf(features="public").event(schema, 1.0)
+
+
+def test_a_row_of_public_features_is_the_same_to_the_bit_in_any_company():
+    strategy = DpMerf(num_features=200)
+    query = first_query(strategy, WRITING)
+    user = written([3], seed=1)
+
+    alone = rows_of(strategy, query, user)[0]
+
+    for crowd in (written(counts, seed=2) for counts in ([1], [40, 2, 9], [1] * 133)):
+        assert np.array_equal(rows_of(strategy, query, joined(crowd, user))[-1], alone)
+        assert np.array_equal(rows_of(strategy, query, joined(user, crowd))[0], alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("digest", np.ones(32, dtype=np.uint8), "same version of fedsynth"),
+        ("digest", np.ones(1, dtype=np.uint8), "same version of fedsynth"),
+        ("num_pixels", np.array([784]), "impossible"),
+    ],
+)
+def test_a_request_for_features_of_another_encoder_is_refused(name, value, message):
+    strategy = DpMerf()
+    query = first_query(strategy, WRITING)
+    query.inputs[name] = value
+
+    with pytest.raises(ConfigError, match=message):
+        strategy.answer(query, written([1], seed=0), RNG)
+
+
+def test_a_request_for_public_features_of_other_images_is_refused():
+    query = first_query(DpMerf(), WRITING)
+
+    with pytest.raises(ConfigError, match="images of shape"):
+        DpMerf().answer(query, made_up(SCHEMAS["images"], [1], seed=0), RNG)
+
+
+def a_fit(num_frequencies=40):
+    rng = np.random.default_rng(0)
+    angles = rng.normal(0, 0.4, (4, num_frequencies)).astype(np.float32)
+    aim = rng.normal(0, 0.1, (2, 2 * num_frequencies)).astype(np.float32)
+    shares = np.array([0.3, 0.7], dtype=np.float32)
+    fit = Gaussians(angles, aim, shares, np.float32(0.01), np.eye(4, dtype=np.float32))
+    shapes = ((2, 4), (4, 4), (2, 4, 4))
+    return fit, [rng.normal(0, 0.2, shape).astype(np.float32) for shape in shapes]
+
+
+def test_mean_features_of_gaussians_are_those_of_their_draws():
+    fit, parts = a_fit()
+
+    _, cosines, sines = fit._made(parts)
+
+    draws = np.random.default_rng(1).standard_normal((200_000, 4)) @ fit.roots(parts)[1]
+    angles = (draws + parts[0][1]) @ fit.angles
+    assert cosines[1] == pytest.approx(0.7 * np.cos(angles).mean(axis=0), abs=0.006)
+    assert sines[1] == pytest.approx(0.7 * np.sin(angles).mean(axis=0), abs=0.006)
+
+
+def test_the_gradient_of_gaussians_is_that_of_finite_differences():
+    fit, parts = a_fit()
+
+    gradient = fit.gradient(parts)
+
+    for number, place in [(0, (1, 2)), (0, (0, 0)), (1, (0, 3)), (1, (2, 2)), (2, (1, 3, 1))]:
+        ends = []
+        for sign in (1, -1):
+            moved = [part.astype(np.float64) for part in parts]
+            moved[number][place] += sign * 1e-4
+            ends.append(fit.loss(moved))
+        measured = (ends[0] - ends[1]) / 2e-4
+        assert gradient[number][place] == pytest.approx(measured, rel=1e-3, abs=1e-3)
+
+
+def test_without_noise_gaussians_have_the_means_and_ties_of_what_users_wrote():
+    shard = written([1] * 6000, seed=0)
+    labels = shard.records.codes[:, 0]
+    seen = Handwriting().encoded(shard.records.images) / 256
+
+    made = non_private(DpMerf(), WRITING, shard, np.random.default_rng(0))
+
+    assert isinstance(made, LatentGaussians)
+    for label in range(3):
+        mine = seen[labels == label]
+        found = made.roots[label].T @ made.roots[label]
+        truth = np.cov(mine.T)
+        assert made.shares[label] == pytest.approx((labels == label).mean(), abs=0.01)
+        assert np.abs(made.means[label] - mine.mean(axis=0)).max() < 0.35
+        assert truth[0, 1] > 0.4  # what knows no ties has none
+        assert found[0, 1] == pytest.approx(truth[0, 1], abs=0.25)
+
+
+def test_pure_noise_ends_in_what_is_publicly_thought_of_writing():
+    made = prior(DpMerf(), WRITING, 3.0, np.random.default_rng(0))
+
+    public = Handwriting().covariance()
+    assert np.allclose(made.means, 0)
+    assert np.allclose(made.shares, 1 / 3)
+    assert made.roots[1] @ made.roots[1] == pytest.approx(public, abs=1e-3)
+    assert made.sample(20, RNG).images.shape == (20, 28, 28, 1)
+
+
+def test_noise_leaves_gaussians_at_what_is_publicly_thought():
+    code = Handwriting()
+    features = Features.draw(
+        seed=0,
+        num_frequencies=100,
+        bandwidths=(1.0,),
+        num_pixels=31,
+        num_cells=[0],
+        num_bins=[0],
+        steps=256,
+        farthest=4096,
+    )
+    means = np.random.default_rng(0).normal(0, 0.03, (3, 200))
+
+    sizes = []
+    for variance in (1e-8, 1e-2):
+        target = Target(means, np.full(3, 1 / 3), variance)
+        made = latent_gaussians.fitted_gaussians(
+            WRITING, 0, "handwriting", code, features, target, 100
+        )
+        sizes.append((np.abs(made.means).mean(), np.abs(made.roots - np.eye(31)).mean()))
+
+    assert sizes[1][0] < 0.3 * sizes[0][0]
+    assert sizes[1][1] < 0.3 * sizes[0][1]
+
+
+def test_restored_gaussians_sample_the_same_records():
+    shard = written([2] * 30, seed=1)
+    made = direct_run(DpMerf(num_steps=5), WRITING, shard, 0.1, rng=np.random.default_rng(0))
+
+    again = LatentGaussians.restore(WRITING, made.settings(), made.tensors())
+
+    one, two = (m.sample(5000, np.random.default_rng(3)) for m in (made, again))
+    assert np.array_equal(one.codes, two.codes)
+    assert np.array_equal(one.images, two.images)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("means", np.zeros((3, 30), dtype=np.float32), "do not fit"),
+        ("means", np.full((3, 31), np.nan, dtype=np.float32), "do not fit"),
+        ("roots", np.full((3, 31, 31), 1e9, dtype=np.float32), "do not fit"),
+        ("shares", np.array([0.9, 0.9, 0.9]), "add up"),
+    ],
+)
+def test_arrays_of_no_gaussians_are_refused(name, value, message):
+    made = latent_gaussians.unmeasured(WRITING, 0, "handwriting", Handwriting())
+
+    with pytest.raises(ConfigError, match=message):
+        LatentGaussians.restore(WRITING, made.settings(), {**made.tensors(), name: value})
+
+
+@pytest.mark.parametrize("settings", [{"label": 3}, {"start": "elsewhere"}, {"label": None}])
+def test_settings_of_no_gaussians_are_refused(settings):
+    made = latent_gaussians.unmeasured(WRITING, 0, "handwriting", Handwriting())
+
+    with pytest.raises(ConfigError, match="settings"):
+        LatentGaussians.restore(WRITING, made.settings() | settings, made.tensors())
+
+
+def test_public_features_keep_all_that_a_strategy_owes():
+    findings = check_strategy(DpMerf(num_features=100, num_steps=10), WRITING)
+
+    assert [f"{f.name}: {f.detail}" for f in findings if not f.ok] == []
 
 
 def test_digits_at_epsilon_one_teach_a_judge_to_read_digits():

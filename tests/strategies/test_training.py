@@ -18,12 +18,13 @@ from fedsynth.strategies.parts.autoencoder import Net
 from fedsynth.strategies.parts.device import device_for, take_device
 from fedsynth.strategies.parts.local_training import LocalTraining, places, updates
 from fedsynth.strategies.parts.server_optimizer import ServerOptimizer
-from fedsynth.strategies.parts.trainable import RecordShape
+from fedsynth.strategies.parts.trainable import Made, RecordShape
 from flwr.serverapp.strategy import FedAvg
 
 torch = pytest.importorskip("torch")
 
 NET = Net("mlp", (3, 2), None, 6, 2)
+MADE = Made(RecordShape((3, 2), None))
 BESIDE = LocalTraining(steps=2, lr=0.1, per_user="vmap")
 
 
@@ -36,8 +37,18 @@ def users(records_per_user, seed=1):
     )
 
 
+def one(shard, user):
+    """One user alone."""
+    own = shard.records.take(np.flatnonzero(shard.user_index == user))
+    return type(shard)(own, np.zeros(len(own), dtype=np.int64), 1, shard.max_records)
+
+
 def weights_of(net):
     return net.initial(np.random.default_rng(0))
+
+
+def updates_of(shard, training):
+    return updates(NET, weights_of(NET), shard, training, made=MADE, seed=1)
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"])
@@ -102,6 +113,21 @@ def test_a_strategy_of_flowers_that_draws_at_random_replays_and_moves_no_global_
     assert np.random.get_bit_generator().state["state"]["pos"] == bits
 
 
+@pytest.mark.parametrize(("waits_for", "most"), [(2, 2), (100, 128)])
+def test_a_strategy_of_flowers_is_shown_no_more_clients_from_round_to_round(
+    no_waiting, waits_for, most
+):
+    from fedsynth.strategies.parts.flower_optimizer import FlowerOptimizer
+
+    optimizer = FlowerOptimizer(FedAvg, "fedavg", {"min_available_nodes": waits_for}, 3)
+
+    for _ in range(20):
+        optimizer.moved(np.zeros(3), np.ones(3))
+
+    optimizer._nodes.starts_again()
+    assert len(list(optimizer._nodes.get_node_ids())) == most
+
+
 @pytest.mark.parametrize(("gives", "why"), [("nothing", "gave no arrays"), ("nan", "no numbers")])
 def test_a_strategy_of_flowers_that_makes_no_weights_is_refused(no_waiting, gives, why):
     with pytest.raises(ConfigError, match=why):
@@ -149,7 +175,7 @@ def test_a_step_takes_its_records_in_turn_and_a_place_knows_no_number_of_records
 def test_a_user_with_one_record_trains_on_it_in_every_step():
     shard = users([1])
 
-    row = updates(NET, weights_of(NET), shard, LocalTraining(3, 0.1, batch=10), seed=1)
+    row = updates_of(shard, LocalTraining(3, 0.1, batch=10))
 
     assert np.isfinite(row).all()
     assert np.abs(row).max() > 0
@@ -157,29 +183,60 @@ def test_a_user_with_one_record_trains_on_it_in_every_step():
 
 def test_users_do_stand_side_by_side_where_that_was_asked(monkeypatch):
     shard = users([1, 3, 2, 2, 7])
-    alone = updates(NET, weights_of(NET), shard, LocalTraining(2, 0.1, per_user="loop"), seed=1)
+    alone = updates_of(shard, LocalTraining(2, 0.1, per_user="loop"))
 
     def refuse(*args):
         raise AssertionError("one by one")
 
     monkeypatch.setattr(local_training, "_loop", refuse)
 
-    beside = updates(NET, weights_of(NET), shard, BESIDE, seed=1)
+    beside = updates_of(shard, BESIDE)
 
     np.testing.assert_allclose(beside, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [None, 4])
+def test_how_many_records_another_user_has_changes_no_bit_side_by_side(batch):
+    training = LocalTraining(2, 0.1, batch=batch, per_user="vmap")
+    few, many = users([2, 2, 3, 3, 5]), users([2, 2, 3, 3, 9])
+
+    rows = [updates_of(shard, training) for shard in (few, many)]
+
+    assert np.array_equal(few.records.codes[:10], many.records.codes[:10])
+    assert rows[0][:4].tobytes() == rows[1][:4].tobytes()
+    assert (rows[0][4] != rows[1][4]).any()
+
+
+def test_a_user_whose_loss_is_no_number_counts_as_zeros_and_the_others_as_they_are(monkeypatch):
+    strategy = DpFedAvg(hidden=6, latent=2, per_user="loop")
+    query = next(strategy.rounds(small_table(), 1.0, np.random.default_rng(0)))
+    shard, plain = made_up(small_table(), [1] * 5, seed=1), Net.losses
+    bad = shard.records.codes[2]
+    is_bad = (shard.records.codes == bad).all(axis=1)
+    honest = [block_sum(strategy, query, one(shard, user), seed=(1, 1)) for user in range(5)]
+
+    def losses(self, torch, weights, seen, chance):
+        hit = (seen[1] == torch.from_numpy(bad)).all(dim=1)
+        return torch.where(hit, torch.nan, plain(self, torch, weights, seen, chance))
+
+    monkeypatch.setattr(Net, "losses", losses)
+    with_bad = block_sum(strategy, query, shard, seed=(1, 1))
+
+    expected = sum(row for row, is_out in zip(honest, is_bad, strict=True) if not is_out)
+    assert (with_bad == expected).all()
+    assert np.abs(expected).max() > 0
 
 
 @pytest.mark.parametrize("fault", ["by place", "by neighbor", "not at all"])
 def test_users_are_taken_one_by_one_where_places_or_neighbors_change_a_bit(monkeypatch, fault):
     shard, plain = users([2, 2, 2]), side_by_side._Steps.__call__
-    monkeypatch.setattr(side_by_side, "_agreeing", {})
 
     def unlike(self, batches, share):
         change = plain(self, batches, share)
         name = next(iter(change))
         tiny = 1e-7 * torch.arange(len(share)) if fault == "by place" else torch.zeros(len(share))
         if fault == "by neighbor":
-            tiny = tiny + 1e-7 * batches[0][0][-1].flatten(1).sum(1).roll(1)
+            tiny = tiny + 1e-7 * batches[0][0][1].flatten(1).sum(1).roll(1)
         change[name] += tiny.view(-1, *[1] * (change[name].dim() - 1))
         return change
 
@@ -189,7 +246,7 @@ def test_users_are_taken_one_by_one_where_places_or_neighbors_change_a_bit(monke
     chance = local_training.chances(torch, device, NET, shard, BESIDE, seed=1)
 
     taken = side_by_side.side_by_side(
-        torch, device, NET, weights_of(NET), shard, BESIDE, 1, chance, rows
+        torch, device, NET, weights_of(NET), MADE, shard, BESIDE, 1, chance, rows
     )
 
     assert taken.tolist() == [fault == "not at all"] * 3

@@ -10,7 +10,7 @@ from fedsynth.strategies.parts.autoencoder import Net
 from fedsynth.strategies.parts.example_training import downhill
 from fedsynth.strategies.parts.local_training import LocalTraining, updates
 from fedsynth.strategies.parts.module import ModuleTrainable
-from fedsynth.strategies.parts.trainable import RecordShape
+from fedsynth.strategies.parts.trainable import Made, RecordShape
 from fedsynth.strategies.parts.unfit import refuse_unfit
 
 torch = pytest.importorskip("torch")
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning"),
 ]
-SHAPE = RecordShape((3,), (8, 8, 1))
+MADE = Made(RecordShape((3,), (8, 8, 1)))
 HEAD = (nn.Flatten, lambda: nn.Linear(64, 3))
 CONVOLUTION = (lambda: nn.Conv2d(1, 4, 3, padding=1), nn.Flatten, lambda: nn.Linear(256, 3))
 
@@ -122,7 +122,7 @@ UNFIT = {
 @pytest.mark.parametrize("level", ["user", "example"])
 @pytest.mark.parametrize("name", SOUND)
 def test_a_sound_model_passes(name, level):
-    refuse_unfit(SOUND[name](), SHAPE, level=level)
+    refuse_unfit(SOUND[name](), MADE, level=level)
 
 
 @pytest.mark.parametrize("name", UNFIT)
@@ -130,16 +130,16 @@ def test_an_unfit_model_is_refused_and_told_what_to_do(name):
     build, advice = UNFIT[name]
 
     with pytest.raises(ConfigError, match=advice):
-        refuse_unfit(build(), SHAPE)
+        refuse_unfit(build(), MADE)
 
 
 def test_a_recurrent_layer_is_fit_for_users_and_refused_for_examples_with_its_replacement():
     rows = (lambda: nn.Flatten(1, 2), lambda: nn.LSTM(8, 3, batch_first=True), LastOfSequence)
     model = model_of(*rows)
 
-    refuse_unfit(model, SHAPE, level="user")
+    refuse_unfit(model, MADE, level="user")
     with pytest.raises(ConfigError, match=r"opacus\.layers\.DPLSTM"):
-        refuse_unfit(model, SHAPE, level="example")
+        refuse_unfit(model, MADE, level="example")
 
 
 def test_building_a_module_leaves_torchs_generator_alone_and_draws_by_the_seed():
@@ -176,15 +176,16 @@ def test_a_records_gradient_is_that_of_plain_differentiation_and_the_same_bits_a
     order = np.random.default_rng(3).permutation(70)
     mixed = BoundedShard(records.records.take(order), np.arange(70), 70, 1)
 
-    rows = downhill(model, weights, records, seed=5)
+    rows = downhill(model, weights, records, made=MADE, seed=5)
 
-    plain = updates(model, weights, records, LocalTraining(1, 1.0, None, "loop"), seed=5)
+    plain = updates(model, weights, records, LocalTraining(1, 1.0, None, "loop"), made=MADE, seed=5)
     alone = [
-        downhill(model, weights, records.only(np.arange(70) == one), seed=5)[0] for one in (0, 41)
+        downhill(model, weights, records.only(np.arange(70) == one), made=MADE, seed=5)[0]
+        for one in (0, 41)
     ]
     assert np.abs(rows).max() > 0.01
     np.testing.assert_allclose(rows, plain, atol=1e-5)
-    assert (downhill(model, weights, mixed, seed=5) == rows[order]).all()
+    assert (downhill(model, weights, mixed, made=MADE, seed=5) == rows[order]).all()
     assert (np.array(alone) == rows[[0, 41]]).all()
 
 
@@ -204,7 +205,7 @@ def test_clipped_gradients_are_those_of_opacus_own_optimizer(records):
     optimizer.clip_and_accumulate()
     theirs = torch.cat([part.summed_grad.flatten() for part in hooked.parameters()]).numpy()
 
-    rows = -downhill(model, weights, records, seed=5).astype(np.float64)
+    rows = -downhill(model, weights, records, made=MADE, seed=5).astype(np.float64)
     norms = np.linalg.norm(rows, axis=1)
     ours = (rows * np.minimum(1, clip / norms)[:, None]).sum(axis=0)
 
@@ -222,7 +223,7 @@ def test_a_record_without_a_loss_leaves_the_others_as_they_were(records):
     weights = model.initial(np.random.default_rng(0))
     others = np.arange(70) != 7
 
-    rows = downhill(model, weights, records, seed=5)
+    rows = downhill(model, weights, records, made=MADE, seed=5)
 
-    sound = downhill(model, weights, records.only(others), seed=5)
+    sound = downhill(model, weights, records.only(others), made=MADE, seed=5)
     assert (rows[others] == sound).all()
