@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any strategy with one question more at its end: how well does what it made serve its users?"""
+"""Any strategy with one question more at its end: how well what it made serves its users."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
