@@ -138,7 +138,8 @@ class Frozen:
         """What goes into a part at the tokens of a prompt, and the states above all layers."""
         torch = torch_for(_NEEDED_BY)
         tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        states, heard = self._words[torch.tensor(tokens)][None], {}
+        states = self._words[torch.tensor(tokens)][None]
+        heard: dict[str, Any] = {}
         turned = self._turned(torch, 0, len(tokens))
         for i in range(self.num_layers):
             found: dict[str, Any] = {}
