@@ -135,7 +135,8 @@ TRAINING = """## Trained generators
 
 `python benchmarks/training.py --json FILE`: MNIST, 539 writers as users with all of their digits, delta 1e-4; judged by 297 other
 writers. TSTR: accuracy of a small network (and of a logistic regression) that saw 20,000 synthetic images alone; the Fréchet distance is of
-1,000 images on EfficientNet-Lite0 at 64 pixels. `scratch` is `dp_diffusion` with random weights, all of them trained by users; `scratch, warm`
+1,000 images on EfficientNet-Lite0 at 64 pixels, as are precision and recall. `dp_merf` sees writers' digits by public features and `digits`
+by random ones; of `dp_fedavg_gan` users train the critic. `scratch` is `dp_diffusion` with random weights, all of them trained by users; `scratch, warm`
 starts from the classes' moments, and trains a head; `fine-tuned` has both that and networks of Omniglot; `moments alone` spends its whole
 budget on moments. `epsilon=0` is what each makes of pure noise, `no noise` of exact sums, `real` as many records of the 539. The claims are
 paired t-tests over seeds, Holm's correction over all of one measure. `digits` has one image a user.
@@ -168,7 +169,7 @@ images the share whose left and right edges are bright, which no writer fills; a
 THROUGHPUT = """## Throughput
 
 `python benchmarks/throughput.py --json FILE`: 50 users of 20 images each train a classifier, two local steps of ten images,
-updates clipped at 0.5, 50 users a round. Ours is a whole run on the local engine, with ledger, odometer and noise; pfl 0.6 runs in an
+updates clipped at 0.03, which cuts every update, 50 users a round. Ours is a whole run on the local engine, with ledger, odometer and noise; pfl 0.6 runs in an
 environment of its own with the same torch, one process, `noise_cohort_size` the cohort's; Flower's simulation has one user a client, two
 actors, neither clip nor noise. "Start-up excluded" is the cost of the second half of the rounds. The loop of bare torch is the client's part alone.
 """
