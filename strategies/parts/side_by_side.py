@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local steps of several users at once, by `torch.func`, where no user's bits depend on another.
+"""Local steps of several users at once, where no user's bits depend on another.
+
+Where a model is but products of records with matrices, users share these (`parts/factored.py`);
+else `torch.func` gives each user weights of its own.
 
 A product of many users' numbers may round a user's by where they stand in it. So users stand in
 chunks of fixed shapes, each with weights of their own in memory of the same alignment, and before
@@ -18,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.records import BoundedShard
+from .factored import FactoredSteps
 from .trainable import Made, RecordShape, Trainable
 from .verdicts import Verdicts
 
@@ -29,6 +33,7 @@ _CHUNK_NUMBERS = 1 << 22  # of a chunk's records in one step
 _MOST_USERS = 64
 _CALL = 4  # users whose steps take as long as what a chunk takes beside its users
 _ALIGNED = 16  # numbers of 64 bytes
+_APART = 1e-4  # of the largest slope, by which two ways of computing slopes may differ
 
 _agreeing: Verdicts[tuple[int, ...]] = Verdicts()
 
@@ -54,12 +59,15 @@ def side_by_side(
     starts = shard.starts
     counts = np.diff(starts)
     padded = np.array([_padded(int(count), training.batch) for count in counts])
-    steps = _Steps(torch, model, weights, training.lr, device)
-    sizes, done = {}, np.zeros(len(counts), dtype=np.bool_)
+    given = (torch, model, weights, training.lr, device)
+    ways: dict[int, tuple[_Way, tuple[int, ...]]] = {}
+    done = np.zeros(len(counts), dtype=np.bool_)
     for size in np.unique(padded):
-        if allowed := _sizes(steps, made, chance, int(size)):
-            sizes[int(size)] = allowed
-            done |= padded == size
+        for steps in (FactoredSteps(*given), _Steps(*given)):
+            if allowed := _sizes(steps, made, chance, int(size)):
+                ways[int(size)] = (steps, allowed)
+                done |= padded == size
+                break
 
     @lru_cache(maxsize=256)
     def taken_by(num_records: int) -> list[NDArray[np.int64]]:
@@ -70,7 +78,7 @@ def side_by_side(
     def needed_by(num_records: int) -> NDArray[np.int64]:
         return np.unique(np.concatenate(taken_by(num_records)))
 
-    for size, allowed in sizes.items():
+    for size, (steps, allowed) in ways.items():
         users = np.flatnonzero(padded == size)
         for begin, end in _chunks(len(users), allowed):
             some = users[begin:end]
@@ -219,7 +227,10 @@ class _Memory(threading.local):
 _memory = _Memory()
 
 
-def _sizes(steps: _Steps, made: Made, chance: list[tuple[Any, ...]], size: int) -> tuple[int, ...]:
+_Way = FactoredSteps | _Steps
+
+
+def _sizes(steps: _Way, made: Made, chance: list[tuple[Any, ...]], size: int) -> tuple[int, ...]:
     """Numbers of users that a chunk may have so that all of them give the same bits; or none.
 
     Looks at made-up records only: what the records are may not decide how users are taken.
@@ -235,14 +246,15 @@ def _sizes(steps: _Steps, made: Made, chance: list[tuple[Any, ...]], size: int) 
     def found() -> tuple[int, ...]:
         try:
             return _tried(steps, made.shape, chance, size, most)
-        except RuntimeError:  # `torch.func` cannot do what the model does, or not with such records
+        except (RuntimeError, TypeError, AttributeError):  # it cannot do what the model does
             return ()
 
-    return _agreeing.of(made, (min(2, len(chance)), size, most, str(steps.device)), found)
+    what = (type(steps), min(2, len(chance)), size, most, str(steps.device))
+    return _agreeing.of(made, what, found)
 
 
 def _tried(
-    steps: _Steps,
+    steps: _Way,
     shape: RecordShape,
     chance: list[tuple[Any, ...]],
     size: int,
@@ -260,7 +272,7 @@ def _tried(
     one = made_up(1)
     drawn = [[p[:1].expand(size, *p.shape[1:]) for p in parts] for parts in chance]
 
-    def trial(num_users: int, is_one: NDArray[np.bool_]) -> Any:
+    def trial(num_users: int, is_one: NDArray[np.bool_], steps: _Way = steps) -> Any:
         """What each place of a chunk gives where some of them hold the one user."""
         held, batches = torch.from_numpy(is_one), []
         for mine, theirs, noise in zip(one, made_up(num_users), drawn, strict=True):
@@ -276,6 +288,11 @@ def _tried(
     expected = trial(most, everybody)[0]
     if not bool((trial(most, everybody) == expected).all()):
         return ()
+    if isinstance(steps, FactoredSteps):
+        same = _Steps(torch, steps.model, steps.weights, steps.lr, steps.device)
+        plain = trial(most, everybody, same)[0]
+        if not bool((expected - plain).abs().max() <= _APART * plain.abs().max()):
+            return ()
     half = rng.random(most) < 0.5
     for is_one in (half, ~half):
         if not bool((trial(most, is_one)[torch.from_numpy(is_one)] == expected).all()):

@@ -3,6 +3,7 @@
 
 import random
 import sys
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import pytest
@@ -195,6 +196,55 @@ def test_users_do_stand_side_by_side_where_that_was_asked(monkeypatch):
     np.testing.assert_allclose(beside, alone, atol=1e-6)
 
 
+@dataclass(frozen=True)
+class Strange(Net):
+    """A net that does something else with one of its weights, or computes its slopes wrongly."""
+
+    does: str = ""
+
+    def losses(self, torch, weights, seen, chance):
+        lost = super().losses(torch, weights, seen, chance)
+        matrix, bias = weights["enter.w"], weights["enter.b"]
+        if self.does == "squares a bias":
+            return lost + bias.square().sum()
+        if self.does == "takes a part":
+            return lost + matrix[:2].sum()
+        if self.does == "sends other rows through":
+            return lost + (torch.ones(1, 5) @ matrix).sum()
+        return lost + 0 * (seen[2] @ matrix + bias).sum(1)  # once more, as is allowed
+
+
+@pytest.mark.parametrize(
+    ("does", "is_known"),
+    [
+        ("squares a bias", False),
+        ("takes a part", False),
+        ("sends other rows through", False),
+        ("uses a matrix twice", True),
+    ],
+)
+def test_users_share_products_where_all_weights_are_matrices_of_rows_and_biases(does, is_known):
+    net, shard = Strange(*astuple(NET)[:5], does=does), users([2, 2, 3, 7])
+    device = torch.device("cpu")
+    steps = side_by_side.FactoredSteps(torch, net, weights_of(net), 0.1, device)
+    chance = local_training.chances(torch, device, net, shard, BESIDE, seed=1)
+
+    assert bool(side_by_side._sizes(steps, MADE, chance, 2)) == is_known
+
+
+def test_shared_products_are_refused_where_they_give_other_slopes(monkeypatch):
+    steps = side_by_side.FactoredSteps(torch, NET, weights_of(NET), 0.1, torch.device("cpu"))
+    chance = local_training.chances(torch, steps.device, NET, users([2]), BESIDE, seed=1)
+    plain = side_by_side.FactoredSteps.__call__
+
+    def wrong(self, *given):
+        return {name: 1.001 * part for name, part in plain(self, *given).items()}
+
+    assert side_by_side._sizes(steps, MADE, chance, 2)
+    monkeypatch.setattr(side_by_side.FactoredSteps, "__call__", wrong)
+    assert not side_by_side._sizes(steps, MADE, chance, 2)
+
+
 @pytest.mark.parametrize("batch", [None, 4])
 def test_how_many_records_another_user_has_changes_no_bit_side_by_side(batch):
     training = LocalTraining(2, 0.1, batch=batch, per_user="vmap")
@@ -227,9 +277,9 @@ def test_a_user_whose_loss_is_no_number_counts_as_zeros_and_the_others_as_they_a
     assert np.abs(expected).max() > 0
 
 
-@pytest.mark.parametrize("fault", ["by place", "by neighbor", "not at all"])
-def test_users_are_taken_one_by_one_where_places_or_neighbors_change_a_bit(monkeypatch, fault):
-    shard, plain = users([2, 2, 2]), side_by_side._Steps.__call__
+def spoil(monkeypatch, way, fault):
+    """Have a way of taking users together change bits as real products might."""
+    plain = way.__call__
 
     def unlike(self, batches, share):
         change = plain(self, batches, share)
@@ -240,7 +290,14 @@ def test_users_are_taken_one_by_one_where_places_or_neighbors_change_a_bit(monke
         change[name] += tiny.view(-1, *[1] * (change[name].dim() - 1))
         return change
 
-    monkeypatch.setattr(side_by_side._Steps, "__call__", unlike)
+    monkeypatch.setattr(way, "__call__", unlike)
+
+
+@pytest.mark.parametrize("fault", ["by place", "by neighbor", "not at all"])
+def test_users_are_taken_one_by_one_where_places_or_neighbors_change_a_bit(monkeypatch, fault):
+    shard = users([2, 2, 2])
+    for way in (side_by_side._Steps, side_by_side.FactoredSteps):
+        spoil(monkeypatch, way, fault)
     rows = np.zeros((3, NET.num_weights), dtype=np.float32)
     device = torch.device("cpu")
     chance = local_training.chances(torch, device, NET, shard, BESIDE, seed=1)
