@@ -186,11 +186,13 @@ def _by_slopes(
     """`updates` of one step, by the model's own slopes of many users' records, into `rows`."""
     flat = torch.from_numpy(np.array(weights, dtype=np.float32)).to(device)
     most = max(1, min(_READ_RECORDS, _SLOPES // model.num_weights))
-    owners, taken = [], []
+    owners: list[int] = []
+    taken: list[int] = []
     for user, (start, end) in enumerate(pairwise(shard.starts.tolist())):
-        own = places(end - start, training, seed=seed)[0] if end > start else []
-        owners += [user] * len(own)
-        taken += [start + int(place) for place in own]
+        if end > start:
+            own = places(end - start, training, seed=seed)[0].tolist()
+            owners += [user] * len(own)
+            taken += [start + place for place in own]
     for first in range(0, len(taken), most):
         some, whose = taken[first : first + most], owners[first : first + most]
         seen = model.read(torch, shard.records.take(np.array(some)))
