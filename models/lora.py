@@ -139,12 +139,10 @@ class Frozen:
         torch = torch_for(_NEEDED_BY)
         tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         states = self._words[torch.tensor(tokens)][None]
-        heard: dict[str, Any] = {}
         turned = self._turned(torch, 0, len(tokens))
+        heard: dict[str, Any] = {}
         for i in range(self.num_layers):
-            found: dict[str, Any] = {}
-            states, _ = self._layer(torch, i, states, turned, None, {}, found)
-            heard |= {key: x for key, x in found.items() if key == name}
+            states, _ = self._layer(torch, i, states, turned, None, {}, heard)
         return heard[name], states[0]
 
     def information(self, states: Any) -> Any:

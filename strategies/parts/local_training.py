@@ -194,11 +194,10 @@ def _by_slopes(
     owners: list[int] = []
     taken: list[int] = []
     for user, (start, end) in enumerate(pairwise(shard.starts.tolist())):
-        if end == start:
-            continue
-        own = places(end - start, training, seed=seed)[0]
-        owners += [user] * len(own)
-        taken += [start + int(place) for place in own]
+        if end > start:
+            own = places(end - start, training, seed=seed)[0].tolist()
+            owners += [user] * len(own)
+            taken += [start + place for place in own]
     for first in range(0, len(taken), most):
         some, whose = taken[first : first + most], owners[first : first + most]
         seen = model.read(torch, shard.records.take(np.array(some)))

@@ -24,7 +24,7 @@ from fedsynth.models.variation import Capabilities, Estimate
 ROOT = Path(__file__).resolve().parents[2]
 RUDE = Path(__file__).with_name("rude_server.py")
 ASKED = "http://127.0.0.1:{}/asked/working"
-AT_ONCE, NUM = 4, 80
+AT_ONCE, NUM = 4, 300
 PROMPTS = [Prompt("Tell me.", seed=seed) for seed in range(4)]
 
 
