@@ -55,7 +55,7 @@ class Rude(BaseHTTPRequestHandler):
         self.say(answer(f"A reply to seed {asked['seed']}."))
 
     def way_working(self, before: int, asked: dict[str, Any]) -> None:
-        time.sleep(0.02)
+        time.sleep(0.1)
         self.way_fine(before, asked)
 
     def way_heard(self, before: int, asked: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from fedsynth.models.variation import Capabilities, Estimate
 ROOT = Path(__file__).resolve().parents[2]
 RUDE = Path(__file__).with_name("rude_server.py")
 ASKED = "http://127.0.0.1:{}/asked/working"
-AT_ONCE, NUM = 4, 300
+AT_ONCE, NUM = 4, 80
 PROMPTS = [Prompt("Tell me.", seed=seed) for seed in range(4)]
 
 
@@ -314,6 +314,6 @@ def test_a_process_that_is_killed_again_and_again_buys_no_kept_reply_twice(
         assert not held & set(now[len(asked) :])
         asked = now
 
-    assert num_kills >= 3
+    assert num_kills >= 2
     assert len(set(asked)) == NUM
     assert len(asked) <= NUM + num_kills * AT_ONCE  # those on their way when it was killed
