@@ -163,19 +163,17 @@ def test_a_release_writes_the_same_texts_after_it_was_saved(lora):
 
 
 def test_a_control_code_says_which_text_is_likelier(lora):
-    coded = replace(lora, codes=("low", "high"), num_users=4, num_rounds=4, server_lr=1.0)
+    wide = replace(lora, rank=8, parts=("v_proj", "down_proj", "o_proj"))
+    coded = replace(wide, codes=("low", "high"), num_users=4, num_rounds=20, server_lr=1.0)
     texts = [["aaaa"] if user % 2 else ["zzzz"] for user in range(4)]
     kinds = [user % 2 for user in range(4)]
-    model = model_of(coded, CODED)
-    before = model.synthesizer(CODED, model.initial(np.random.default_rng(0)))
 
     learned = non_private(coded, CODED, shard_of(texts, kinds), np.random.default_rng(0))
 
-    own, other = (shard_of(texts[:2], codes).records for codes in ([0, 1], [1, 0]))
-    gains = [
-        (before.guesses(records) - learned.guesses(records))[:, 2].sum() for records in (own, other)
-    ]
-    assert gains[0] > gains[1] > 0
+    own, other = (
+        learned.guesses(shard_of(texts[:2], codes).records)[:, 2] for codes in ([0, 1], [1, 0])
+    )
+    assert (own < other).all()
     assert {*learned.sample(30, np.random.default_rng(0)).codes[:, 0].tolist()} == {0, 1}
 
 
