@@ -336,7 +336,7 @@ def _released(sweep: PrivateSweep, ledger: Ledger, stream: "KeyStream", shard: "
     within = [run.run for run in runs if run.facts.get("within") == sweep.run]
     if any(run.run == sweep.run and run.state == "finished" for run in runs):
         return sweep.config.path(sweep.config.release.path) / within[0]
-    drawn = _drawn(sweep, ledger, stream)
+    drawn = _drawn(sweep, ledger, stream, is_shown=bool(within))
     for number, setting in enumerate(drawn):
         _tried(sweep.tries[setting], _place(sweep, number), stream, shard)
         _forget_losers(sweep.folder)
@@ -357,10 +357,15 @@ def _released(sweep: PrivateSweep, ledger: Ledger, stream: "KeyStream", shard: "
     return _shown(plan, place, ledger, noise_is_secret=stream.is_secret)
 
 
-def _drawn(sweep: PrivateSweep, ledger: Ledger, stream: "KeyStream") -> tuple[int, ...]:
-    """The setting of each try: drawn once, and on the disk before the first try begins."""
+def _drawn(
+    sweep: PrivateSweep, ledger: Ledger, stream: "KeyStream", *, is_shown: bool
+) -> tuple[int, ...]:
+    """The setting of each try: drawn once, and on the disk before the first try begins.
+
+    Once the best is on the population's ledger (`is_shown`), whole or in part, there was a draw.
+    """
     path, tries = sweep.folder / _SECRET, sweep.folder / "tries"
-    if not path.exists() and not tries.exists():
+    if not path.exists() and not tries.exists() and not is_shown:
         num_settings, event = len(sweep.tries), sweep.event
         new = drawn_settings(num_settings, mean=event.mean, law=event.law, stream=stream)
         at("before-secret")

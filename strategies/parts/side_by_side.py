@@ -238,7 +238,10 @@ def _sizes(steps: _Steps, made: Made, chance: list[tuple[Any, ...]], size: int) 
         except RuntimeError:  # `torch.func` cannot do what the model does, or not with such records
             return ()
 
-    return _agreeing.of(made, (min(2, len(chance)), size, most, str(steps.device)), found)
+    # a request may say more of a model than what it is made of, as which column is the label
+    shapes = tuple(model.shapes.items()), tuple(tuple(part.shape[1:]) for part in given)
+    of_what = (shapes, min(2, len(chance)), size, most, str(steps.device))
+    return _agreeing.of(made, of_what, found)
 
 
 def _tried(
