@@ -464,11 +464,21 @@ def _shown(plan: Plan, place: Path, ledger: Ledger, *, noise_is_secret: bool) ->
 
 
 def _copy(source: Ledger, ledger: Ledger, run: str) -> None:
-    """Do every step of a try again on another ledger, but for those that it holds already."""
-    known = {(e.round, e.attempt, e.kind) for e in ledger.entries(run)}
+    """Do every step of a try again on another ledger, but for those that it holds already.
+
+    Raises:
+      SecurityRefusal: It holds a sum of another try: of each sweep one alone is shown.
+    """
+    known = {(e.round, e.attempt, e.kind): e.data for e in ledger.entries(run)}
     for entry in source.entries(_TRY):
         where, data = (run, entry.round, entry.attempt), entry.data
-        if not entry.round or (*where[1:], entry.kind) in known:
+        before = known.get((*where[1:], entry.kind))
+        if entry.kind == "seal" and before is not None and before != data:
+            raise SecurityRefusal(
+                f"run {run!r} holds a sum that is not this try's, and one try alone is shown;"
+                " nothing is released. The sweep stays charged; start a new one"
+            )
+        if not entry.round or before is not None:
             continue
         match entry.kind:
             case "reserve":
