@@ -256,7 +256,7 @@ def _tame(row: NDArray[np.float64], clip: float) -> float:
         row[:] = 0.0
         return 0.0
     row /= largest
-    row *= clip * _SHRINK / np.sqrt(row @ row)
+    row *= clip * _SHRINK / np.sqrt(np.einsum("i,i", row, row))
     return clip * _SHRINK
 
 

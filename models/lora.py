@@ -15,7 +15,7 @@ Reference:
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -183,7 +183,13 @@ class Frozen:
         )
 
     def beneath(
-        self, prompt: str, texts: Sequence[tuple[int, ...]], first: int, length: int, *, keep: bool
+        self,
+        prompt: str,
+        texts: Sequence[tuple[int, ...]],
+        first: int,
+        length: int,
+        *,
+        kept_for: Hashable | None,
     ) -> Any:
         """States of texts under a layer, filled up to a length, `(num_texts, length, dim)`.
 
@@ -194,12 +200,13 @@ class Frozen:
           texts: Tokens of each, fewer than `length`.
           first: The layer.
           length: Tokens of a row.
-          keep: Whether what is kept is looked up, and what is made is kept.
+          kept_for: By what states are kept apart, for their last bits may hang on how many rows
+            are made together; `None`: nothing is looked up or kept.
         """
         torch = torch_for(_NEEDED_BY)
         last, past = self.told(prompt)
-        keys = [(prompt, text, first, length) for text in texts]
-        known = {key: self._kept[key] for key in keys if keep and key in self._kept}
+        keys = [(prompt, text, first, length, kept_for) for text in texts]
+        known = {key: self._kept[key] for key in keys if key in self._kept}
         filled = torch.zeros((len(texts), length), dtype=torch.long)
         for row, text in zip(filled, texts, strict=True):
             row[: len(text) + 1] = torch.tensor([last, *text])
@@ -212,7 +219,7 @@ class Frozen:
         for row, key in zip(states, keys, strict=True):
             if key in known:
                 row[: len(key[1]) + 1] = known[key]
-            elif keep:
+            elif kept_for is not None:
                 self._keep(key, row[: len(key[1]) + 1])
         return states
 
@@ -292,6 +299,8 @@ class Frozen:
 
     def _keep(self, key: tuple[Any, ...], states: Any) -> Any:
         """States, in memory of their own; the oldest go where there is no room."""
+        if key in self._kept:
+            self._kept_bytes -= self._kept.pop(key).nbytes
         self._kept[key] = states = states.clone()
         self._kept_bytes += states.nbytes
         while self._kept_bytes > _KEPT_BYTES:

@@ -62,7 +62,7 @@ def guesses_of(
             for start in range(0, len(members), most):
                 some = members[start : start + most]
                 own = [texts[i] for i in some]
-                states = model.beneath(prompt, own, first, length, keep=True)
+                states = model.beneath(prompt, own, first, length, kept_for="guesses")
                 lost, right, told = model.surprises(prompt, own, states, adapters, first)
                 for column, part in enumerate((right, told, lost.double())):
                     found[some, column] = (part * told).sum(-1).numpy()
@@ -109,9 +109,11 @@ class _Chunk:
         """The slope of each of them, at most as many as a chunk has places."""
         room = next(size for size in self._sizes if size >= len(texts))
         filled = [texts[i % len(texts)] for i in range(room)]
-        return self._slopes(filled, keep=True)[: len(texts)]
+        return self._slopes(filled, kept_for=self._sizes)[: len(texts)]
 
-    def _slopes(self, texts: Sequence[Tokens], *, keep: bool) -> NDArray[np.float32]:
+    def _slopes(
+        self, texts: Sequence[Tokens], *, kept_for: tuple[int, ...] | None = None
+    ) -> NDArray[np.float32]:
         """The slope of each text of a full chunk."""
         torch = self._torch
         own = {
@@ -122,7 +124,9 @@ class _Chunk:
             )
             for name, (first, learned, last) in self._adapters.items()
         }
-        states = self._model.beneath(self._prompt, texts, self._first, self._length, keep=keep)
+        states = self._model.beneath(
+            self._prompt, texts, self._first, self._length, kept_for=kept_for
+        )
         lost, _, told = self._model.surprises(self._prompt, texts, states, own, self._first)
         lost = ((lost * told).sum(-1) / told.sum(-1)).sum()
         slopes = torch.autograd.grad(lost, [learned for _, learned, _ in own.values()])
@@ -138,17 +142,17 @@ class _Chunk:
             return tuple(rng.integers(model.num_words, size=size).tolist())
 
         one = made_up()
-        expected = self._slopes([one] * most, keep=False)
+        expected = self._slopes([one] * most)
         if not (expected == expected[0]).all():
             return (1,)
         is_one = rng.random(most) < 0.5
         for held in (is_one, ~is_one):
-            found = self._slopes([one if mine else made_up() for mine in held], keep=False)
+            found = self._slopes([one if mine else made_up() for mine in held])
             if not (found[held] == expected[0]).all():
                 return (1,)
         sizes = [most]
         while most > 1:
             most //= 2
-            if (self._slopes([one] * most, keep=False) == expected[0]).all():
+            if (self._slopes([one] * most) == expected[0]).all():
                 sizes.append(most)
         return tuple(sorted(sizes))

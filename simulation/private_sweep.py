@@ -336,7 +336,7 @@ def _released(sweep: PrivateSweep, ledger: Ledger, stream: "KeyStream", shard: "
     within = [run.run for run in runs if run.facts.get("within") == sweep.run]
     if any(run.run == sweep.run and run.state == "finished" for run in runs):
         return sweep.config.path(sweep.config.release.path) / within[0]
-    drawn = _drawn(sweep, ledger, stream)
+    drawn = _drawn(sweep, ledger, stream, is_shown=bool(within))
     for number, setting in enumerate(drawn):
         _tried(sweep.tries[setting], _place(sweep, number), stream, shard)
         _forget_losers(sweep.folder)
@@ -357,10 +357,15 @@ def _released(sweep: PrivateSweep, ledger: Ledger, stream: "KeyStream", shard: "
     return _shown(plan, place, ledger, noise_is_secret=stream.is_secret)
 
 
-def _drawn(sweep: PrivateSweep, ledger: Ledger, stream: "KeyStream") -> tuple[int, ...]:
-    """The setting of each try: drawn once, and on the disk before the first try begins."""
+def _drawn(
+    sweep: PrivateSweep, ledger: Ledger, stream: "KeyStream", *, is_shown: bool
+) -> tuple[int, ...]:
+    """The setting of each try: drawn once, and on the disk before the first try begins.
+
+    Once the best is on the population's ledger (`is_shown`), whole or in part, there was a draw.
+    """
     path, tries = sweep.folder / _SECRET, sweep.folder / "tries"
-    if not path.exists() and not tries.exists():
+    if not path.exists() and not tries.exists() and not is_shown:
         num_settings, event = len(sweep.tries), sweep.event
         new = drawn_settings(num_settings, mean=event.mean, law=event.law, stream=stream)
         at("before-secret")
@@ -459,11 +464,21 @@ def _shown(plan: Plan, place: Path, ledger: Ledger, *, noise_is_secret: bool) ->
 
 
 def _copy(source: Ledger, ledger: Ledger, run: str) -> None:
-    """Do every step of a try again on another ledger, but for those that it holds already."""
-    known = {(e.round, e.attempt, e.kind) for e in ledger.entries(run)}
+    """Do every step of a try again on another ledger, but for those that it holds already.
+
+    Raises:
+      SecurityRefusal: It holds a sum of another try: of each sweep one alone is shown.
+    """
+    known = {(e.round, e.attempt, e.kind): e.data for e in ledger.entries(run)}
     for entry in source.entries(_TRY):
         where, data = (run, entry.round, entry.attempt), entry.data
-        if not entry.round or (*where[1:], entry.kind) in known:
+        before = known.get((*where[1:], entry.kind))
+        if entry.kind == "seal" and before is not None and before != data:
+            raise SecurityRefusal(
+                f"run {run!r} holds a sum that is not this try's, and one try alone is shown;"
+                " nothing is released. The sweep stays charged; start a new one"
+            )
+        if not entry.round or before is not None:
             continue
         match entry.kind:
             case "reserve":

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _MEANS, _COVARIANCES, _UPDATE = "means", "covariances", "update"
 _FIRST = 0.25  # of what moments may cost, for the means
 _LEARNED_WIDTH = 256  # of the denoiser that public data taught
+_MOST_MEAN, _MOST_BACK = 1 << 20, 1 << 16  # in steps: products with records are then exact
 
 
 @dataclass(frozen=True)
@@ -248,8 +249,9 @@ class DpDiffusion(Training):
             if array is None or array.shape != fits or array.dtype != dtype:
                 raise ConfigError(f"the request's {name} do not fit the records it describes")
             told[name] = array
-        if (np.abs(told["backs"].astype(np.int64)) > 1 << 16).any():
-            raise ConfigError("the request's backs are beyond any that are measured")
+        for name, most in (("means", _MOST_MEAN), ("backs", _MOST_BACK)):
+            if (np.abs(told[name].astype(np.int64)) > most).any():
+                raise ConfigError(f"the request's {name} are beyond any that are measured")
         first = layout.initial(codec.denoiser(), _public())
         return self._denoiser(layout, codec, label, told, first)
 
@@ -303,9 +305,9 @@ class DpDiffusion(Training):
     def _layout(self, codec: Codec, shape: RecordShape, label: int) -> Layout:
         """Sizes of the denoiser."""
         num_classes = shape.cells[label] if label >= 0 else 1
-        if num_classes * codec.num_latents**2 > MOST_NUMBERS:
-            raise ConfigError("the records have more classes and numbers than a denoiser can hold")
         width = _LEARNED_WIDTH if self._is_learned else self.width
+        if num_classes * max(codec.num_latents**2, width) > MOST_NUMBERS:
+            raise ConfigError("the records have more classes and numbers than a denoiser can hold")
         return Layout(codec.num_latents, num_classes, width)
 
     def _around(self, codec: Codec, layout: Layout, noise_multiplier: float) -> Measuring:

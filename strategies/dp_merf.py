@@ -214,6 +214,8 @@ class DpMerf(Strategy):
         if shard.num_users:
             features = self._features(num_pixels, cells, bins, codec)
             num_labels = query.dim // (features.num_features + 1)
+            if num_labels < 1:
+                raise ConfigError("the sizes of a record's columns are impossible")
             for first, users in _in_blocks(shard, max(1, _RECORDS // shard.max_records)):
                 part = rows[first : first + users.num_users]
                 self._fill(part, users, features, codec, label, num_labels)
@@ -284,7 +286,7 @@ class DpMerf(Strategy):
             or cells.shape != bins.shape
             or min([0, *counts[0], *counts[1]]) < 0
             or any(b > c > 0 for c, b in zip(*counts, strict=True))
-            or rows * self._width(num_pixels) > MOST_NUMBERS
+            or max(1, rows) * self._width(num_pixels) > MOST_NUMBERS
         ):
             raise ConfigError("the sizes of a record's columns are impossible")
         usual = _PIXEL_BANDS if codec is None else _LATENT_BANDS

@@ -23,7 +23,8 @@ WEIGHTS, STARTS, TARGET = "score_weights", "score_starts", "score_target"
 _STEPS, _RIDGE = 300, 1e-4
 _SCALE = 65_536  # whole steps in a weight of one
 _WHITE = 255  # of a pixel; a lit cell counts as much
-_AT_ONCE = 4096  # records
+_AT_ONCE = 4096  # records, and
+_SCORES = 1 << 22  # numbers of theirs, for a server says how many a record has
 
 
 def fitted(records: Records, schema: Schema) -> dict[str, NDArray[Any]]:
@@ -63,8 +64,9 @@ def correct_shares(told: Mapping[str, NDArray[Any]], shard: BoundedShard) -> NDA
     """
     weights, starts, target = _checked(told, shard.records)
     right = np.zeros(len(shard.records))
-    for first in range(0, len(right), _AT_ONCE):
-        part = shard.records.take(slice(first, first + _AT_ONCE))
+    at_once = max(1, min(_AT_ONCE, _SCORES // weights.shape[1]))
+    for first in range(0, len(right), at_once):
+        part = shard.records.take(slice(first, first + at_once))
         scores = np.zeros((len(part), weights.shape[1]), dtype=np.int64)
         scores += weights[-1]
         for column, (low, high) in enumerate(itertools.pairwise(starts.tolist())):
@@ -74,7 +76,7 @@ def correct_shares(told: Mapping[str, NDArray[Any]], shard: BoundedShard) -> NDA
         if part.images is not None:
             pixels = part.images.reshape(len(part), -1).astype(np.int64)
             scores += pixels @ weights[starts[-1] : -1]
-        right[first : first + _AT_ONCE] = scores.argmax(axis=1) == part.codes[:, target]
+        right[first : first + at_once] = scores.argmax(axis=1) == part.codes[:, target]
     total = np.bincount(shard.user_index, weights=right, minlength=shard.num_users)
     return total / np.bincount(shard.user_index, minlength=shard.num_users)
 

@@ -249,8 +249,10 @@ def _sizes(steps: _Way, made: Made, chance: list[tuple[Any, ...]], size: int) ->
         except (RuntimeError, TypeError, AttributeError):  # it cannot do what the model does
             return ()
 
-    what = (type(steps), min(2, len(chance)), size, most, str(steps.device))
-    return _agreeing.of(made, what, found)
+    # a request may say more of a model than what it is made of, as which column is the label
+    shapes = tuple(model.shapes.items()), tuple(tuple(part.shape[1:]) for part in given)
+    of_what = (type(steps), shapes, min(2, len(chance)), size, most, str(steps.device))
+    return _agreeing.of(made, of_what, found)
 
 
 def _tried(

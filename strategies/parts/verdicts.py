@@ -2,6 +2,7 @@
 """Keep what was found of models in this process, by all that they were made of."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from .trainable import Made
@@ -28,9 +29,10 @@ class Verdicts(Generic[T]):
         if made.settings is None:
             return find()
         key = (made, of_what)
-        if key not in self._known:
-            found = find()
-            if len(self._known) >= _MOST:
-                self._known.clear()
-            self._known[key] = found
-        return self._known[key]
+        with suppress(KeyError):  # another thread may forget all of them at any time
+            return self._known[key]
+        found = find()
+        if len(self._known) >= _MOST:
+            self._known.clear()
+        self._known[key] = found
+        return found

@@ -291,6 +291,38 @@ def test_a_secret_that_is_lost_is_never_drawn_again_and_the_price_stays(
     assert not list(sweep.folder.parent.glob("*/card.json"))
 
 
+def test_once_the_best_is_on_the_ledger_no_other_draw_and_no_other_best_takes_its_place(tmp_path):
+    sweep = planned(config_in(tmp_path), {"strategy.max_norm": [1.0]})
+    module_drawn = module.drawn_settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "drawn_settings", lambda num, **law: (0,))
+        assert killed(sweep, "before-export:2")  # the first is the try's own
+    (sweep.folder / "secret.json").unlink()
+    shutil.rmtree(sweep.folder / "tries")
+    assert module.drawn_settings is module_drawn
+
+    with pytest.raises(SecurityRefusal, match="never drawn again"):
+        done(resumed(sweep.folder))
+
+    assert charged(sweep) == sweep.epsilon
+    assert not list(sweep.folder.parent.glob("*/card.json"))
+
+
+def test_a_try_that_was_lost_and_done_again_is_not_mixed_with_what_was_shown_of_the_first(tmp_path):
+    sweep = planned(config_in(tmp_path), {"strategy.max_norm": [1.0]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "drawn_settings", lambda num, **law: (0,))
+        assert killed(sweep, "before-export:2")
+    shutil.rmtree(sweep.folder / "tries" / "000000")
+
+    with pytest.raises(SecurityRefusal, match="not this try's"):
+        done(resumed(sweep.folder))
+
+    assert charged(sweep) == sweep.epsilon
+    assert not (sweep.folder.parent / sweep.run).exists()
+    assert not list(sweep.folder.parent.glob("*/card.json"))
+
+
 def test_where_every_score_was_lost_nothing_is_released_and_the_price_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "drawn_settings", lambda num, **law: (0,))
     sweep = planned(config_in(tmp_path), GRID)

@@ -20,6 +20,7 @@ from fedsynth.strategies.parts.class_moments import ClassMoments, Measuring, see
 from fedsynth.strategies.parts.codec import Cosines, Handwriting
 from fedsynth.strategies.parts.denoiser import Denoiser, Layout, directions_of, guessed
 from fedsynth.strategies.parts.diffusion import Diffusion
+from fedsynth.strategies.parts.trainable import RecordShape
 
 torch = pytest.importorskip("torch")
 
@@ -345,6 +346,24 @@ def test_a_request_that_lacks_a_part_is_refused(gone):
 
     with pytest.raises(ConfigError, match=r"request|server|weights"):
         strategy.answer(replace(query, inputs=inputs), drawers(), rng())
+
+
+@pytest.mark.parametrize(("name", "value"), [("means", 1 << 30), ("backs", -(1 << 30))])
+def test_moments_by_which_sums_would_be_rounded_are_refused(name, value):
+    """Else a record's last bits would hang on how many stand beside it."""
+    strategy = replace(SCRATCH, warm_share=0.0)
+    query = next(strategy.rounds(small_images(), 1.0, rng()))
+    inputs = {**query.inputs, name: np.full_like(query.inputs[name], value)}
+
+    with pytest.raises(ConfigError, match=f"request's {name} are beyond"):
+        strategy.answer(replace(query, inputs=inputs), drawers(), rng())
+
+
+def test_a_request_with_more_classes_than_a_denoiser_holds_is_refused_before_one_is_made():
+    shape = RecordShape((1 << 26,), (1, 1, 1))
+
+    with pytest.raises(ConfigError, match="more classes"):
+        SCRATCH._layout(Cosines((1, 1, 1)), shape, 0)
 
 
 def test_other_public_weights_at_the_server_are_refused():

@@ -15,6 +15,7 @@ from fedsynth.core.query import names_files
 from fedsynth.core.records import BoundedShard, Records
 from fedsynth.core.schema import Schema, TextColumn
 from fedsynth.core.texts import as_texts
+from fedsynth.models import lora as lora_module
 from fedsynth.simulation.check import made_up
 from fedsynth.simulation.direct import direct_run, non_private
 from fedsynth.strategies.dp_lora import DpLora
@@ -123,6 +124,41 @@ def test_a_users_row_is_the_same_to_the_bit_whoever_stands_beside(lora):
     afresh = updates(model, weights, shard_of(texts[2:]), training, made=MADE, seed=1)
 
     assert together[2].tobytes() == alone[0].tobytes() == afresh[0].tobytes()
+
+
+def test_no_other_users_texts_however_often_take_a_user_away(lora, monkeypatch):
+    """What is kept is counted once, so that there is always something that can go."""
+    model, training = model_of(lora), LocalTraining(1, 1.0)
+    weights, base = np.full(model.num_weights, 0.01, np.float32), model.base
+    base._kept.clear()
+    monkeypatch.setattr(base, "_kept_bytes", 0)
+    alone = updates(model, weights, shard_of([["x y z"]]), training, made=MADE, seed=1)
+    room = 3 * base._kept_bytes
+    monkeypatch.setattr(lora_module, "_KEPT_BYTES", room)
+
+    for _ in range(6):
+        updates(model, weights, shard_of([["ab cd"]] * 9), training, made=MADE, seed=1)
+        updates(model, weights, shard_of([["efghi"]] * 9), training, made=MADE, seed=1)
+        updates(model, weights, shard_of([["jklmn"]] * 9), training, made=MADE, seed=1)
+    again = updates(model, weights, shard_of([["x y z"]]), training, made=MADE, seed=1)
+
+    assert again.tobytes() == alone.tobytes()
+    assert sum(states.nbytes for states in base._kept.values()) == base._kept_bytes <= room
+
+
+def test_what_is_kept_for_guesses_of_any_number_of_texts_is_in_no_users_row(lora):
+    model, training = model_of(lora), LocalTraining(1, 1.0)
+    weights, shard = np.full(model.num_weights, 0.01, np.float32), shard_of([["x y z"]])
+    model.base._kept.clear()
+    afresh = updates(model, weights, shard, training, made=MADE, seed=1)
+    model.base._kept.clear()
+
+    model.guesses(weights, shard.records)
+    for states in model.base._kept.values():
+        states *= 2
+    row = updates(model, weights, shard, training, made=MADE, seed=1)
+
+    assert row.tobytes() == afresh.tobytes()
 
 
 def test_a_texts_loss_does_not_depend_on_the_users_other_texts(lora):

@@ -430,6 +430,17 @@ def test_sizes_from_the_network_that_cannot_be_are_refused(inputs):
         strategy.answer(query, made_up(schema, [1], seed=0), RNG)
 
 
+def test_more_features_than_the_request_has_numbers_are_refused_before_they_are_drawn():
+    schema = SCHEMAS["table"]
+    query = first_query(DpMerf(num_features=20), schema)
+    query.inputs.update({name: np.zeros(5, dtype=np.int64) for name in ("num_cells", "num_bins")})
+
+    for num_features in (1 << 40, 1 << 12):
+        strategy = DpMerf(num_features=num_features)
+        with pytest.raises(ConfigError, match="impossible"):
+            strategy.answer(query, made_up(schema, [1], seed=0), RNG)
+
+
 def test_it_runs_without_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     shard = made_up(SCHEMAS["images"], [1] * 5, seed=0)

@@ -2,6 +2,7 @@
 """A score is what a judge's accuracy is, costs one sum, and leaves the method as it was."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -114,6 +115,19 @@ def test_a_judge_that_does_not_fit_is_refused_for_everybody(change):
 
     with pytest.raises(ConfigError, match="does not fit"):
         correct_shares(judge | change, shard_of(linked(4, seed=1), [2, 2]))
+
+
+def test_a_judge_of_very_many_classes_takes_no_memory_for_all_records_at_once():
+    judge = fitted(linked(50, seed=0), LINKED)
+    judge[WEIGHTS] = np.zeros((len(judge[WEIGHTS]), 20_000), dtype=np.int32)
+
+    tracemalloc.start()
+    shares = correct_shares(judge, shard_of(linked(3000, seed=1), [1] * 3000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 2e8  # all 3000 together: 480 MB
+    assert 0.2 < shares.mean() < 0.5  # the first class
 
 
 def test_no_weights_overflow_and_no_cell_reaches_beyond_its_column():

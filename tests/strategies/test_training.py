@@ -3,7 +3,7 @@
 
 import random
 import sys
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import pytest
@@ -275,6 +275,22 @@ def test_a_user_whose_loss_is_no_number_counts_as_zeros_and_the_others_as_they_a
     expected = sum(row for row, is_out in zip(honest, is_bad, strict=True) if not is_out)
     assert (with_bad == expected).all()
     assert np.abs(expected).max() > 0
+
+
+def test_a_verdict_on_chunks_of_one_model_is_none_on_a_model_of_other_shapes(monkeypatch):
+    """A request may say more of a model than its settings do, as which column is the label."""
+    tried, device = [], torch.device("cpu")
+    made = Made(MADE.shape, "what both are made of")
+    monkeypatch.setattr(
+        side_by_side, "_tried", lambda steps, *rest: tried.append(steps.model) or (1, 2)
+    )
+    wide = replace(NET, hidden=NET.hidden + 1)
+
+    for model in (NET, NET, wide):
+        steps = side_by_side._Steps(torch, model, weights_of(model), 0.1, device)
+        assert side_by_side._sizes(steps, made, [()], 2) == (1, 2)
+
+    assert tried == [NET, wide]
 
 
 def spoil(monkeypatch, way, fault):
