@@ -18,6 +18,7 @@ from ..core.failpoints import at
 from ..core.leaf import Leaves, num_rounds_of
 from ..core.query import Query, trusts_server
 from ..core.randomness import KeyStream
+from ..core.synthesizer import Synthesizer
 from ..core.wire import Ask, canonical
 from ..strategies.parts.device import take_device
 from ..strategies.registry import build_aggregator, settings_of
@@ -127,13 +128,7 @@ def _driven(
     config = plan.config
     ledger = Ledger(config.path(config.ledger))
     with ledger.hold(plan.run):
-        ledger.open_run(
-            plan.run,
-            config.population.name,
-            cap=config.population.cap,
-            event=plan.event,
-            facts=plan.facts,
-        )
+        commit(plan, ledger)
         checkpoints = Checkpoints(folder, plan, ledger)
         rounds, done = checkpoints.rounds(kept(folder))
         progress.go_on(ledger, done)
@@ -147,16 +142,42 @@ def _driven(
             stream=stream,
             on_round=progress,
         )
-        at("before-export")
-        release: Path = write_release(
+        return publish(
             plan,
             synthesizer,
-            ledger=ledger,
+            ledger,
             noise_is_secret=stream.is_secret,
             generations=files_of(folder),
         )
-        at("after-export")
-        ledger.finish(plan.run)
+
+
+def commit(plan: Plan, ledger: Ledger) -> None:
+    """Commit a run's whole plan and facts on the ledger, or find that they are; as `open_run`."""
+    population = plan.config.population
+    ledger.open_run(
+        plan.run, population.name, cap=population.cap, event=plan.event, facts=plan.facts
+    )
+
+
+def publish(
+    plan: Plan,
+    synthesizer: Synthesizer,
+    ledger: Ledger,
+    *,
+    noise_is_secret: bool,
+    generations: Mapping[str, bytes],
+) -> Path:
+    """Write a run's release and mark the run finished; the release folder."""
+    at("before-export")
+    release: Path = write_release(
+        plan,
+        synthesizer,
+        ledger=ledger,
+        noise_is_secret=noise_is_secret,
+        generations=generations,
+    )
+    at("after-export")
+    ledger.finish(plan.run)
     return release
 
 

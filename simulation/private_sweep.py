@@ -38,10 +38,11 @@ from ..core.errors import BudgetExceeded, ConfigError, FedsynthError, Interrupte
 from ..core.failpoints import at
 from ..core.privacy import NoisePlacement
 from ..core.selection import SelectDpEvent, Tries, drawn_settings
+from ..server.conduct import commit, publish
 from ..server.folder import sync
 from ..server.ledger import Ledger
 from ..server.planned import SWEEP, UNFINISHED, Plan, Won, new_run_id, plan_of
-from ..server.release import Release, write_release
+from ..server.release import Release
 from ..strategies.discovered import Discovered
 from ..strategies.parts.device import take_device
 from ..strategies.scored import SCORE, Scored
@@ -316,14 +317,10 @@ def _start(sweep: PrivateSweep) -> None:
 
 def _open(sweep: PrivateSweep, ledger: Ledger) -> None:
     """Commit the whole sweep; one that is not held by the budget leaves nothing behind."""
-    config = sweep.config
+    population = sweep.config.population
     try:
         ledger.open_run(
-            sweep.run,
-            config.population.name,
-            cap=config.population.cap,
-            event=sweep.event,
-            facts=sweep.facts,
+            sweep.run, population.name, cap=population.cap, event=sweep.event, facts=sweep.facts
         )
     except BudgetExceeded:
         shutil.rmtree(sweep.folder)
@@ -436,30 +433,20 @@ def _place(sweep: PrivateSweep, number: int) -> Path:
 
 def _shown(plan: Plan, place: Path, ledger: Ledger, *, noise_is_secret: bool) -> Path:
     """Write a try's sums on the population's ledger, and its release; the release folder."""
-    config, won = plan.config, plan.won
     made = Release.open(place / "releases" / _TRY)
     with ledger.hold(plan.run):
-        ledger.open_run(
-            plan.run,
-            config.population.name,
-            cap=config.population.cap,
-            event=plan.event,
-            facts=plan.facts,
-        )
+        commit(plan, ledger)
         with Ledger(place / "ledger.db") as source:
             _copy(source, ledger, plan.run)
-        at("before-export")
-        folder = write_release(
+        folder = publish(
             plan,
             made.synthesizer,
-            ledger=ledger,
+            ledger,
             noise_is_secret=noise_is_secret,
             generations=made.generations,
         )
-        at("after-export")
-        ledger.finish(plan.run)
-        if won is not None:
-            ledger.finish(won.sweep)
+        if plan.won is not None:
+            ledger.finish(plan.won.sweep)
     return folder
 
 

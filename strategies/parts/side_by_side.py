@@ -62,8 +62,9 @@ def side_by_side(
     given = (torch, model, weights, training.lr, device)
     ways: dict[int, tuple[_Way, tuple[int, ...]]] = {}
     done = np.zeros(len(counts), dtype=np.bool_)
+    tried = FactoredSteps(*given), _Steps(*given)
     for size in np.unique(padded):
-        for steps in (FactoredSteps(*given), _Steps(*given)):
+        for steps in tried:
             if allowed := _sizes(steps, made, chance, int(size)):
                 ways[int(size)] = (steps, allowed)
                 done |= padded == size
