@@ -8,11 +8,9 @@ each, are priced by privacy loss distributions. RDP is the cross-check, which mu
 lower. The best of a secret number of tries (`core/selection.py`) is priced by RDP alone.
 """
 
-import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from types import MappingProxyType
@@ -33,6 +31,7 @@ from numpy.typing import NDArray
 from .errors import ConfigError, FedsynthError
 from .leaf import Leaf, Leaves
 from .privacy import Budget
+from .quiet import quiet
 from .selection import SelectDpEvent, Sums, Tries, selected_rdp
 
 PLD_INTERVAL = 1e-3
@@ -444,7 +443,7 @@ def _rdp(found: Sequence[tuple[Leaf, int]]) -> tuple[tuple[float, ...], NDArray[
     accountant = dp_accounting.rdp.RdpAccountant()
     mixtures = [(leaf, n) for leaf, n in found if _is_mixture(leaf)]
     orders = tuple(float(order) for order in accountant.orders)
-    with _quiet():
+    with quiet("absl"):  # about orders that it drops, which errs on the safe side
         total = accountant.compose(_others(found)).rdp
     if mixtures:
         from .mixture import mixture_rdp
@@ -456,7 +455,7 @@ def _rdp(found: Sequence[tuple[Leaf, int]]) -> tuple[tuple[float, ...], NDArray[
 
 def rdp_to_epsilon(orders: Sequence[float], rdp: NDArray[np.float64], delta: float) -> float:
     """Epsilon at `delta` of what has these Rényi divergences at these orders."""
-    with _quiet():
+    with quiet("absl"):  # about orders that it drops, which errs on the safe side
         return float(dp_accounting.rdp.compute_epsilon(orders, rdp, delta)[0])
 
 
@@ -560,20 +559,8 @@ def _price_of_best(
 
 def _accountant_epsilon(accountant: Any, event: DpEvent, delta: float) -> float:
     """Epsilon by one of dp_accounting's accountants."""
-    with _quiet():
+    with quiet("absl"):  # about orders that it drops, which errs on the safe side
         return float(accountant.compose(event).get_epsilon(delta))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence about orders that an accountant drops, which errs on the safe side."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _checked(epsilon: float, accountant: str, rdp: float) -> Price:

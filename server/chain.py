@@ -17,7 +17,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ class Entry:
 
     def digest(self) -> str:
         """What `hash` must be."""
-        return _digest(astuple(self)[:-1])
+        *fields, _ = vars(self).values()  # in order; `astuple` would copy each of them
+        return _digest(tuple(fields))
 
 
 class Chain:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from .trainable import Trainable
 
+APART = 1e-4  # of the largest change, by which two ways of computing changes may differ
+
 
 class FactoredSteps:
     """Gradient steps of a chunk of users from common weights."""
@@ -31,20 +33,24 @@ class FactoredSteps:
         self._start = model.split(torch.from_numpy(np.array(weights, dtype=np.float32)).to(device))
 
     def __call__(
-        self, batches: Sequence[tuple[tuple[Any, ...], tuple[Any, ...]]], share: Any
-    ) -> dict[str, Any]:
-        """Each user's sum of slopes of each weight, `(num_users, *shape)`; `-lr` times that is won.
+        self,
+        batches: Sequence[tuple[tuple[Any, ...], tuple[Any, ...]]],
+        share: Any,
+        out: Mapping[str, Any],
+    ) -> None:
+        """Write each user's change of each weight into `out`, `(num_users, *shape)`.
 
         Args:
           batches: Records and chance of each step, `(num_users, num_records, ...)`.
           share: Weight of each record in the loss, `(num_users, num_records)`.
+          out: Tensors by name; what is in them is not looked at.
 
         Raises:
           TypeError: The model does with a weight what is not known here.
         """
         anchor = self.torch.zeros((), device=self.device, requires_grad=True)
         weights = {
-            name: _Weight(self.torch, part, share.shape, self.lr, anchor)
+            name: Factored(self.torch, part, share.shape, self.lr, anchor)
             for name, part in self._start.items()
         }
         for seen, chance in batches:
@@ -53,10 +59,11 @@ class FactoredSteps:
             (losses * share.flatten()).sum().backward()
             for weight in weights.values():
                 weight.end_step()
-        return {name: weight.slopes() for name, weight in weights.items()}
+        for name, weight in weights.items():
+            weight.write(out[name])
 
 
-class _Weight:
+class Factored:
     """A matrix or a bias of each user: the common one, and what the user's own records changed.
 
     It stands where a model expects a tensor; torch hands it what the model does with it.
@@ -98,16 +105,17 @@ class _Weight:
                 self.past = tuple(self.torch.cat(parts, 1) for parts in known)
         self._new.clear()
 
-    def slopes(self) -> Any:
-        """The sum of all steps' slopes, `(num_users, *shape)`."""
+    def write(self, out: Any) -> None:
+        """Put each user's change, by all steps, into `out`, `(num_users, *shape)`."""
         if self.past is None:
-            shape = (self.records[0], *self.start.shape)
-            return self.torch.zeros(shape, device=self.start.device)
+            out.zero_()
+            return
         inputs, slopes = self.past
         if inputs is None:
-            return slopes
+            self.torch.mul(slopes, -self.lr, out=out)
+            return
         first, second = (slopes, inputs) if self.is_turned else (inputs, slopes)
-        return self.torch.bmm(first.transpose(1, 2), second)
+        out.baddbmm_(first.transpose(1, 2), second, beta=0, alpha=-self.lr)
 
 
 @lru_cache(maxsize=1)
@@ -118,7 +126,7 @@ def _known(torch: Any) -> Mapping[Any, Callable[..., Any]]:
         """Rows of each user through the user's own matrix."""
 
         @staticmethod
-        def forward(context: Any, rows: Any, weight: _Weight, matrix: Any, _: Any) -> Any:
+        def forward(context: Any, rows: Any, weight: Factored, matrix: Any, _: Any) -> Any:
             context.rows, context.weight, context.matrix = rows, weight, matrix
             through = rows @ matrix
             if weight.past is not None:
@@ -147,7 +155,7 @@ def _known(torch: Any) -> Mapping[Any, Callable[..., Any]]:
         """Rows of each user with the user's own bias."""
 
         @staticmethod
-        def forward(context: Any, rows: Any, weight: _Weight, _: Any) -> Any:
+        def forward(context: Any, rows: Any, weight: Factored, _: Any) -> Any:
             context.weight = weight
             if weight.past is None:
                 return rows + weight.start
@@ -161,7 +169,11 @@ def _known(torch: Any) -> Mapping[Any, Callable[..., Any]]:
             return slope, None, None
 
     def product(rows: Any, weight: Any, *, is_turned: bool = False) -> Any:
-        if not isinstance(weight, _Weight) or isinstance(rows, _Weight) or weight.start.dim() != 2:
+        if (
+            not isinstance(weight, Factored)
+            or isinstance(rows, Factored)
+            or weight.start.dim() != 2
+        ):
             raise TypeError("a weight that is no matrix which records go through")
         if weight.is_turned not in (None, is_turned):
             raise TypeError("a matrix that records go through both ways")
@@ -170,15 +182,17 @@ def _known(torch: Any) -> Mapping[Any, Callable[..., Any]]:
         return Product.apply(_rows(rows, weight), weight, matrix, weight.anchor)
 
     def shifted(rows: Any, bias: Any) -> Any:
-        if isinstance(rows, _Weight):
+        if isinstance(rows, Factored):
             rows, bias = bias, rows
-        if isinstance(rows, _Weight) or bias.start.shape != rows.shape[1:]:
+        if isinstance(rows, Factored) or bias.start.shape != rows.shape[1:]:
             raise TypeError("a weight that is no bias of records")
         return Shift.apply(_rows(rows, bias), bias, bias.anchor)
 
     def linear(rows: Any, weight: Any, bias: Any = None) -> Any:
         through = product(rows, weight, is_turned=True)
-        return through if bias is None else shifted(through, bias)
+        if bias is None:
+            return through
+        return shifted(through, bias) if isinstance(bias, Factored) else through + bias
 
     return {
         torch.nn.functional.linear: linear,
@@ -195,13 +209,13 @@ def _known(torch: Any) -> Mapping[Any, Callable[..., Any]]:
     }
 
 
-def _rows(rows: Any, weight: _Weight) -> Any:
+def _rows(rows: Any, weight: Factored) -> Any:
     """One row a record, in memory of their own order."""
     if rows.dim() != 2 or len(rows) != weight.records[0] * weight.records[1]:
         raise TypeError("a weight that is used otherwise than on one row of each record")
     return rows.contiguous()
 
 
-def _by_user(rows: Any, weight: _Weight) -> Any:
+def _by_user(rows: Any, weight: Factored) -> Any:
     """Rows as `(num_users, num_records, size)`."""
     return rows.view(*weight.records, rows.shape[1])

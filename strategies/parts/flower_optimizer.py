@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any strategy of Flower's as the server's optimizer: it is handed the noisy mean as one reply."""
 
-import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 from ...core.errors import ConfigError
+from ...core.quiet import quiet
 
 __all__ = ["FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedYogi", "FlowerOptimizer", "Strategy"]
 
@@ -42,7 +42,7 @@ class FlowerOptimizer:
         self._name, self._seed, self._round = name, seed, 0
         self._nodes = _Nodes()
         try:
-            with _quiet():
+            with quiet("flwr"):
                 self._strategy = kind(**settings)
         except (TypeError, ValueError) as error:
             raise ConfigError(
@@ -61,7 +61,7 @@ class FlowerOptimizer:
         self._round += 1
         self._nodes.starts_again()
         try:
-            with _quiet(), _of_no_run(), _own_randomness(self._seed + self._round):
+            with quiet("flwr"), _of_no_run(), _own_randomness(self._seed + self._round):
                 arrays = self._aggregated(weights, weights + update)
         except AppExitException as error:
             raise self._useless(str(error)) from error
@@ -186,18 +186,6 @@ class _Nodes(Grid):
 
     def _refuse(self) -> NoReturn:
         raise ConfigError("a server optimizer may not ask clients itself")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Flower's lines about rounds and clients, which would be those of one client."""
-    log = logging.getLogger("flwr")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each user does with the weights: gradient steps on records of their own, and no others'."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +15,18 @@ from numpy.typing import NDArray
 from ...core.errors import ConfigError
 from ...core.records import BoundedShard
 from .device import device_for
+from .factored import APART, Factored
 from .trainable import Made, Trainable
+from .verdicts import Verdicts
 
 PerUser = Literal["auto", "loop", "vmap"]
 
 _ORDER, _CHANCE = 0, 1  # streams of public randomness
 _READ_RECORDS = 2048  # read at a time, so that memory is bounded
 _SLOPES = 1 << 26  # numbers of records' slopes, for the same reason
+_FEWER = 2  # times as many numbers has a matrix as its factors, to be kept as these
+
+_agreeing: Verdicts[frozenset[str]] = Verdicts()
 
 
 @dataclass(frozen=True)
@@ -69,30 +75,32 @@ def updates(
       ConfigError: The weights do not fit the model, torch is not installed, or the device that
         this process was told to train on is not there.
     """
-    from .side_by_side import side_by_side
+    from .side_by_side import room_for, side_by_side
 
     torch = torch_for_training()  # for nobody, too: a client that lacks it says so at once
     device = device_for(torch)
     model.check_fit(weights)
-    rows = np.zeros((shard.num_users, model.num_weights), dtype=np.float32)  # nobody else's memory
+    rows = room_for(torch, shard.num_users, model, torch.device("cpu"))
+    changes: NDArray[np.float32] = rows.numpy()
     if not shard.num_users:
-        return rows
+        return changes
     beside = training.per_user == "vmap" or (training.per_user == "auto" and model.side_by_side)
     with one_thread(torch):
         chance = chances(torch, device, model, shard, training, seed=seed)
         task = (torch, device, model, weights)
         if training.steps == 1 and training.per_user == "auto" and model.has_slopes:
-            _by_slopes(*task, shard, training, seed, rows)
-            return rows
-        if not beside:
-            _loop(*task, shard, training, seed, chance, rows)
-            return rows
-        alone = ~side_by_side(*task, made, shard, training, seed, chance, rows)
-        if alone.any():
-            left = np.zeros((int(alone.sum()), model.num_weights), dtype=np.float32)
-            _loop(*task, shard.only(alone), training, seed, chance, left)
-            rows[alone] = left
-    return rows
+            _by_slopes(*task, shard, training, seed, changes)
+            return changes
+        left = np.ones(shard.num_users, dtype=np.bool_)
+        if beside:
+            left &= ~side_by_side(*task, made, shard, training, seed, chance, rows)
+        if left.any():
+            num = int(left.sum())
+            alone = rows if num == len(rows) else room_for(torch, num, model, rows.device)
+            _loop(*task, made, shard.only(left), training, seed, chance, alone)
+            if alone is not rows:
+                rows[torch.from_numpy(left)] = alone
+    return changes
 
 
 def places(num_records: int, training: LocalTraining, *, seed: int) -> list[NDArray[np.int64]]:
@@ -131,50 +139,147 @@ def _loop(
     device: Any,
     model: Trainable,
     weights: NDArray[np.float32],
+    made: Made,
     shard: BoundedShard,
     training: LocalTraining,
     seed: int,
     chance: list[tuple[Any, ...]],
-    rows: NDArray[np.float32],
+    rows: Any,
 ) -> None:
-    """`updates` user by user, into `rows`.
-
-    Every user's numbers lie in the same memory, or in tensors of their own: a product's last bits
-    may depend on where in memory its factors begin.
-    """
-    starts, laid_out = shard.starts, _Layout(torch, model.channels_last)
-    start = model.split(torch.from_numpy(np.array(weights, dtype=np.float32)).to(device))
-    first = {name: laid_out(part).requires_grad_() for name, part in start.items()}
-    moved = {name: laid_out(part) for name, part in start.items()}
-    for part in moved.values():
-        part.requires_grad_()
+    """`updates` user by user, into `rows`, of `room_for`."""
+    given = (torch, device, model, weights, training.lr)
+    one_by_one = _OneByOne(*given, _shared_products(given, made, training, chance))
 
     @lru_cache(maxsize=256)
     def taken_by(num_records: int) -> list[Any]:
         steps = places(num_records, training, seed=seed)
         return [torch.from_numpy(taken).to(device) for taken in steps]
 
-    row = torch.empty(model.num_weights, dtype=torch.float32, device=device)
-    change = model.split(row)
+    starts = shard.starts
     for user, seen in _read(torch, device, model, shard, starts):
-        for step, taken in enumerate(taken_by(int(starts[user + 1] - starts[user]))):
-            now = moved if step else first
+        one_by_one(seen, taken_by(int(starts[user + 1] - starts[user])), chance)
+        rows[user].copy_(one_by_one.row)
+
+
+class _OneByOne:
+    """Gradient steps of one user after the other, into `row`.
+
+    Every user's numbers lie in the same memory, or in tensors of their own: a product's last bits
+    may depend on where in memory its factors begin.
+    """
+
+    def __init__(
+        self,
+        torch: Any,
+        device: Any,
+        model: Trainable,
+        weights: NDArray[np.float32],
+        lr: float,
+        factored: frozenset[str] = frozenset(),
+    ) -> None:
+        """Lay out what users share.
+
+        Args:
+          torch: The library.
+          device: Where users' numbers lie.
+          model: The model.
+          weights: Where every user starts, `(num_weights,)`.
+          lr: Size of a step.
+          factored: Matrices whose changes are kept as what went in and the slopes of what came out.
+        """
+        self._torch, self._model, self._lr = torch, model, lr
+        self._laid_out = _Layout(torch, model.channels_last)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        start = model.split(torch.from_numpy(np.array(weights, dtype=np.float32)).to(device))
+        self._wide = {name: part for name, part in start.items() if name in factored}
+        plain = {name: part for name, part in start.items() if name not in factored}
+        self._first = {n: self._laid_out(part).requires_grad_() for n, part in plain.items()}
+        self._moved = {n: self._laid_out(part) for n, part in plain.items()}
+        for part in self._moved.values():
+            part.requires_grad_()
+        self.row = torch.empty(model.num_weights, dtype=torch.float32, device=device)
+        self._change = model.split(self.row)
+
+    def __call__(
+        self, seen: tuple[Any, ...], taken: list[Any], chance: list[tuple[Any, ...]]
+    ) -> None:
+        """A user's change of the weights, into `row`.
+
+        Args:
+          seen: The user's records.
+          taken: Places of the records that each step takes.
+          chance: The randomness of losses for each step, by place.
+        """
+        torch = self._torch
+        records = (1, len(taken[0]))
+        wide = {
+            name: Factored(torch, part, records, self._lr, self._anchor)
+            for name, part in self._wide.items()
+        }
+        asked = [] if not wide else [self._anchor]
+        for step, at in enumerate(taken):
+            now = self._moved if step else self._first
             if step:
                 with torch.no_grad():
                     for name, part in now.items():
-                        torch.add(first[name], change[name], out=part)
-            own = tuple(laid_out(part.index_select(0, taken)) for part in seen)
-            drawn = tuple(part.index_select(0, taken) for part in chance[step])
-            loss = model.losses(torch, now, own, drawn).mean()
+                        torch.add(self._first[name], self._change[name], out=part)
+            own = tuple(self._laid_out(part.index_select(0, at)) for part in seen)
+            drawn = tuple(part.index_select(0, at) for part in chance[step])
+            loss = self._model.losses(torch, {**now, **wide}, own, drawn).mean()
             slopes = torch.autograd.grad(
-                loss, list(now.values()), allow_unused=True, materialize_grads=True
+                loss, [*now.values(), *asked], allow_unused=True, materialize_grads=True
             )
-            for part, slope in zip(change.values(), slopes, strict=True):
+            for name, slope in zip(now, slopes, strict=False):
                 if step:
-                    part.sub_(slope, alpha=training.lr)
+                    self._change[name].sub_(slope, alpha=self._lr)
                 else:
-                    torch.mul(slope, -training.lr, out=part)
-        torch.from_numpy(rows[user]).copy_(row)
+                    torch.mul(slope, -self._lr, out=self._change[name])
+            for weight in wide.values():
+                weight.end_step()
+        for name, weight in wide.items():
+            weight.write(self._change[name][None])
+
+
+def _shared_products(
+    given: tuple[Any, Any, Trainable, NDArray[np.float32], float],
+    made: Made,
+    training: LocalTraining,
+    chance: list[tuple[Any, ...]],
+) -> frozenset[str]:
+    """Matrices whose changes are few outer products, where the model uses them as is known.
+
+    Looks at made-up records only: what the records are may not decide how users are taken.
+    """
+    torch, device, model, *_ = given
+    if training.batch is None:
+        return frozenset()
+    num = training.batch
+    matrices = frozenset(
+        name
+        for name, shape in model.shapes.items()
+        if len(shape) == 2 and math.prod(shape) > _FEWER * training.steps * num * sum(shape)
+    )
+    if not matrices or any(len(part) < num for step in chance for part in step):
+        return frozenset()
+
+    def found() -> frozenset[str]:
+        records = made.shape.made_up(np.random.default_rng(0), num)
+        seen = tuple(part.to(device) for part in model.read(torch, records))
+        taken = [torch.arange(num, device=device)] * min(2, training.steps)
+        rows = []
+        for names in (frozenset[str](), matrices):
+            steps = _OneByOne(*given, names)
+            try:
+                steps(seen, taken, chance)
+            except (RuntimeError, TypeError, AttributeError):  # it cannot do what the model does
+                return frozenset()
+            rows.append(steps.row)
+        plain, ours = rows
+        agree = bool((ours - plain).abs().max() <= APART * plain.abs().max())
+        return matrices if agree else frozenset()
+
+    of_what = (matrices, tuple(model.shapes.items()), num, min(2, training.steps), str(device))
+    return _agreeing.of(made, of_what, found)
 
 
 def _by_slopes(

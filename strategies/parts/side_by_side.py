@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.records import BoundedShard
-from .factored import FactoredSteps
+from .factored import APART, FactoredSteps
 from .trainable import Made, RecordShape, Trainable
 from .verdicts import Verdicts
 
@@ -33,7 +33,6 @@ _CHUNK_NUMBERS = 1 << 22  # of a chunk's records in one step
 _MOST_USERS = 64
 _CALL = 4  # users whose steps take as long as what a chunk takes beside its users
 _ALIGNED = 16  # numbers of 64 bytes
-_APART = 1e-4  # of the largest slope, by which two ways of computing slopes may differ
 
 _agreeing: Verdicts[tuple[int, ...]] = Verdicts()
 
@@ -48,9 +47,9 @@ def side_by_side(
     training: "LocalTraining",
     seed: int,
     chance: list[tuple[Any, ...]],
-    rows: NDArray[np.float32],
+    rows: Any,
 ) -> NDArray[np.bool_]:
-    """Fill `rows` of the users with whom that can be done to the bit; who they are.
+    """Fill `rows`, of `room_for`, of the users with whom that can be done to the bit; who they are.
 
     Whether it can be done with a user hangs on how many records that user has, and on nobody else.
     """
@@ -101,23 +100,30 @@ def side_by_side(
                 at = torch.from_numpy((np.stack(rank) + firsts[:, None])[filled]).to(device)
                 drawn = torch.from_numpy(taken[filled]).to(device)
                 batches.append((tuple(p[at] for p in seen), tuple(p[drawn] for p in chance[step])))
-            slopes = steps(batches, torch.from_numpy(share[filled]).to(device))
-            _write(rows, some, slopes, np.float32(-training.lr))
-            slopes.clear()  # before the next are made
+            first, last = int(some[0]), int(some[-1]) + 1
+            in_place = rows.device == device and last - first == len(some) == room
+            to = rows[first:last] if in_place else _memory.rows(torch, device, room, rows.shape[1])
+            steps(batches, torch.from_numpy(share[filled]).to(device), parts_of(model, to))
+            if not in_place:
+                rows[torch.from_numpy(some)] = to[: len(some)].to(rows.device)
     return done
 
 
-def _write(
-    rows: NDArray[np.float32], users: NDArray[np.intp], slopes: Mapping[str, Any], step: np.float32
-) -> None:
-    """Put a chunk's slopes times a step into the rows of its users."""
-    start = 0
-    for part in slopes.values():
-        width = math.prod(part.shape[1:])
-        flat = part[: len(users)].reshape(len(users), width).cpu().numpy()
-        for place, user in enumerate(users):  # row by row is faster than by an index
-            np.multiply(flat[place], step, out=rows[user, start : start + width])
-        start += width
+def room_for(torch: Any, num_users: int, model: Trainable, device: Any) -> Any:
+    """Zeros for users' changes, `(num_users, num_weights)`; rows are aligned as each other."""
+    width = -(-model.num_weights // _ALIGNED) * _ALIGNED
+    memory = torch.zeros((num_users, width), dtype=torch.float32, device=device)
+    return memory[:, : model.num_weights]
+
+
+def parts_of(model: Trainable, rows: Any) -> dict[str, Any]:
+    """Views of each weight in rows of users' weights, `(num_users, *shape)`."""
+    parts, start = {}, 0
+    for name, shape in model.shapes.items():
+        size = math.prod(shape)
+        parts[name] = rows[:, start : start + size].unflatten(1, shape)
+        start += size
+    return parts
 
 
 def _chunks(num_users: int, allowed: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -154,10 +160,7 @@ def _padded(num_records: int, batch: int | None) -> int:
 
 
 class _Steps:
-    """Gradient steps of a chunk of users from common weights.
-
-    What a call gives may stand in memory that the next call in this thread writes to.
-    """
+    """Gradient steps of a chunk of users from common weights."""
 
     def __init__(
         self, torch: Any, model: Trainable, weights: NDArray[np.float32], lr: float, device: Any
@@ -180,27 +183,30 @@ class _Steps:
         self._slopes = torch.func.vmap(torch.func.grad(loss))
 
     def __call__(
-        self, batches: Sequence[tuple[tuple[Any, ...], tuple[Any, ...]]], share: Any
-    ) -> dict[str, Any]:
-        """Each user's sum of slopes of each weight, `(num_users, *shape)`; `-lr` times that is won.
+        self,
+        batches: Sequence[tuple[tuple[Any, ...], tuple[Any, ...]]],
+        share: Any,
+        out: Mapping[str, Any],
+    ) -> None:
+        """Write each user's change of each weight into `out`, `(num_users, *shape)`.
 
         Args:
           batches: Records and chance of each step, `(num_users, num_records, ...)`.
           share: Weight of each record in the loss, `(num_users, num_records)`.
+          out: Tensors by name; what is in them is not looked at.
         """
-        memory = _memory(self.torch, self.device, len(share), len(self._start))
-        moved, sums = (self._parts(part) for part in memory)
-        start, slopes = self._parts(self._start.expand(len(share), -1)), {}
+        moved = self._parts(_memory(self.torch, self.device, len(share), len(self._start)))
+        start = self._parts(self._start.expand(len(share), -1))
         for number, (seen, chance) in enumerate(batches):
-            if not number:
-                slopes = self._slopes(start, seen, chance, share)
-                continue
-            for name, part in moved.items():
-                self.torch.add(start[name], slopes[name], alpha=-self._lr, out=part)
-            more = self._slopes(moved, seen, chance, share)
-            for name, part in sums.items():
-                slopes[name] = self.torch.add(slopes[name], more.pop(name), out=part)
-        return {name: slopes[name] for name in start}
+            if number:
+                for name, part in moved.items():
+                    self.torch.add(start[name], out[name], out=part)
+            slopes = self._slopes(moved if number else start, seen, chance, share)
+            for name, part in out.items():
+                if number:
+                    part.sub_(slopes.pop(name), alpha=self._lr)
+                else:
+                    self.torch.mul(slopes.pop(name), -self._lr, out=part)
 
     def _parts(self, flat: Any) -> dict[str, Any]:
         """Views of each weight in memory that is aligned, `(num_users, *shape)`."""
@@ -216,13 +222,25 @@ class _Memory(threading.local):
     """What the chunks of a thread share, one after the other: new memory is slow to come by."""
 
     held: Any = None
+    held_rows: Any = None
 
     def __call__(self, torch: Any, device: Any, num_users: int, width: int) -> Any:
-        """Anything, `(2, num_users, width)`."""
-        size = 2 * num_users * width
-        if self.held is None or self.held.device != device or len(self.held) < size:
-            self.held = torch.zeros(size, dtype=torch.float32, device=device)
-        return self.held[:size].view(2, num_users, width)
+        """Anything, `(num_users, width)`."""
+        self.held = _enough(torch, device, num_users * width, self.held)
+        return self.held[: num_users * width].view(num_users, width)
+
+    def rows(self, torch: Any, device: Any, num_users: int, width: int) -> Any:
+        """Anything, `(num_users, width)`, in other memory and aligned as by `room_for`."""
+        room = -(-width // _ALIGNED) * _ALIGNED
+        self.held_rows = _enough(torch, device, num_users * room, self.held_rows)
+        return self.held_rows[: num_users * room].view(num_users, room)[:, :width]
+
+
+def _enough(torch: Any, device: Any, size: int, held: Any) -> Any:
+    """Memory of at least as many numbers: what is held, where that is enough."""
+    if held is None or held.device != device or len(held) < size:
+        return torch.zeros(size, dtype=torch.float32, device=device)
+    return held
 
 
 _memory = _Memory()
@@ -285,7 +303,9 @@ def _tried(
             )
             batches.append((seen, tuple(p.expand(num_users, *p.shape).clone() for p in noise)))
         share = torch.full((num_users, size), 1 / size, device=steps.device)
-        return torch.cat([part.flatten(1) for part in steps(batches, share).values()], dim=1)
+        rows = room_for(torch, num_users, steps.model, steps.device)
+        steps(batches, share, parts_of(steps.model, rows))
+        return rows
 
     everybody = np.ones(most, dtype=np.bool_)
     expected = trial(most, everybody)[0]
@@ -294,7 +314,7 @@ def _tried(
     if isinstance(steps, FactoredSteps):
         same = _Steps(torch, steps.model, steps.weights, steps.lr, steps.device)
         plain = trial(most, everybody, same)[0]
-        if not bool((expected - plain).abs().max() <= _APART * plain.abs().max()):
+        if not bool((expected - plain).abs().max() <= APART * plain.abs().max()):
             return ()
     half = rng.random(most) < 0.5
     for is_one in (half, ~half):

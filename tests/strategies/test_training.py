@@ -237,8 +237,10 @@ def test_shared_products_are_refused_where_they_give_other_slopes(monkeypatch):
     chance = local_training.chances(torch, steps.device, NET, users([2]), BESIDE, seed=1)
     plain = side_by_side.FactoredSteps.__call__
 
-    def wrong(self, *given):
-        return {name: 1.001 * part for name, part in plain(self, *given).items()}
+    def wrong(self, batches, share, out):
+        plain(self, batches, share, out)
+        for part in out.values():
+            part.mul_(1.001)
 
     assert side_by_side._sizes(steps, MADE, chance, 2)
     monkeypatch.setattr(side_by_side.FactoredSteps, "__call__", wrong)
@@ -297,14 +299,13 @@ def spoil(monkeypatch, way, fault):
     """Have a way of taking users together change bits as real products might."""
     plain = way.__call__
 
-    def unlike(self, batches, share):
-        change = plain(self, batches, share)
+    def unlike(self, batches, share, change):
+        plain(self, batches, share, change)
         name = next(iter(change))
         tiny = 1e-7 * torch.arange(len(share)) if fault == "by place" else torch.zeros(len(share))
         if fault == "by neighbor":
             tiny = tiny + 1e-7 * batches[0][0][1].flatten(1).sum(1).roll(1)
         change[name] += tiny.view(-1, *[1] * (change[name].dim() - 1))
-        return change
 
     monkeypatch.setattr(way, "__call__", unlike)
 
@@ -314,8 +315,8 @@ def test_users_are_taken_one_by_one_where_places_or_neighbors_change_a_bit(monke
     shard = users([2, 2, 2])
     for way in (side_by_side._Steps, side_by_side.FactoredSteps):
         spoil(monkeypatch, way, fault)
-    rows = np.zeros((3, NET.num_weights), dtype=np.float32)
     device = torch.device("cpu")
+    rows = side_by_side.room_for(torch, 3, NET, device)
     chance = local_training.chances(torch, device, NET, shard, BESIDE, seed=1)
 
     taken = side_by_side.side_by_side(
