@@ -47,7 +47,7 @@ types: $(VENV)/.dev .typecheck/fedsynth
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist loadfile
 
 proofs: $(VENV)/.crosscheck
 	$(BIN)/python -m pytest -q -m slow

@@ -8,7 +8,7 @@ clipped, the share of a clipped update that users have in common, and the signal
 noise, as measured and as `fedsynth plan` predicts it from public facts.
 
 The whole surface is searched with noise and without. The two best settings are then held against
-each other on seeds that the search has not seen.
+each other on seeds that the search has not seen, beside what they make of pure noise.
 
     python benchmarks/sensitivity.py --json sensitivity.json    everything: six CPU-minutes
     python benchmarks/sensitivity.py --quick                    one small corner
@@ -34,7 +34,7 @@ from fedsynth.core import accounting
 from fedsynth.core.privacy import Budget
 from fedsynth.core.query import Contribution, Query
 from fedsynth.core.records import BoundedShard, Records
-from fedsynth.simulation.direct import direct_run, non_private
+from fedsynth.simulation.direct import direct_run, non_private, prior
 from fedsynth.strategies.parts.proposal import COMMON, Pull
 from fedsynth.strategies.parts.trainable import RecordShape
 from numpy.typing import NDArray
@@ -184,6 +184,10 @@ def main() -> int:
     for (private, chosen), runs in again.items():
         case = f"{_level(private)}, best {_level(chosen)}: {best[chosen]}"
         _add(figures, case, best[chosen], num_rounds, runs)
+    for private in (True, False):
+        blind = [_blind(kept, best[private], num_rounds, seed) for seed in fresh]
+        case = f"epsilon=0, best {_level(private)}: {best[private]}"
+        figures.add(case, "accuracy", blind, unit="")
     _compare(figures, again)
     _shape(figures, surface, grid)
     return figures.finish(by_case=True)
@@ -234,6 +238,21 @@ def _run(setting: Setting, private: bool, num_rounds: int, seed: int) -> dict[st
         "noise multiplier": dial,
         "CPU-s": took,
     }
+
+
+def _blind(kept: Kept, setting: Setting, num_rounds: int, seed: int) -> float:
+    """Accuracy of what a setting makes of pure noise."""
+
+    def measured() -> dict[str, float]:
+        case = _digits()
+        strategy = setting.strategy(Watch(), case.train.num_users, num_rounds)
+        dial = _dial(setting.cohort, num_rounds, case.delta)
+        made = prior(strategy, case.schema, dial, np.random.default_rng(seed))
+        synthetic = made.sample(NUM_SYNTHETIC, np.random.default_rng(seed))
+        return {"accuracy": _judged(synthetic, case.test)}
+
+    name = json.dumps([asdict(setting), "epsilon=0", num_rounds, seed])
+    return kept.figures(name, measured)["accuracy"]
 
 
 @lru_cache(maxsize=1)

@@ -340,7 +340,7 @@ def _released(sweep: PrivateSweep, ledger: Ledger, stream: "KeyStream", shard: "
     best = max(range(len(drawn)), key=lambda number: _key(_place(sweep, number)))
     place = _place(sweep, best)
     if _key(place)[0] == _LOST:
-        ledger.close(sweep.run)
+        _close(sweep, ledger)
         raise FedsynthError(
             "no try has a score: the process was stopped while its noise was drawn. The sweep is"
             " closed and stays charged; nothing is released"
@@ -376,7 +376,7 @@ def _drawn(
     except (OSError, ValueError, TypeError, KeyError):
         fits, drawn = False, ()
     if not fits:
-        ledger.close(sweep.run)
+        _close(sweep, ledger)
         raise SecurityRefusal(
             f"{path}, which says how many tries there are, is lost or damaged, and it is never"
             " drawn again. The sweep is closed and stays charged; nothing is released. Start a new"
@@ -385,6 +385,14 @@ def _drawn(
     tries.mkdir(exist_ok=True, mode=0o700)
     sync(sweep.folder)
     return drawn
+
+
+def _close(sweep: PrivateSweep, ledger: Ledger) -> None:
+    """End a sweep that shows nothing: charged for ever, and its tries deleted."""
+    ledger.close(sweep.run)
+    tries = sweep.folder / "tries"
+    if tries.exists():
+        shutil.rmtree(tries)
 
 
 def _tried(plan: Plan, place: Path, stream: "KeyStream", shard: "Shard") -> None:

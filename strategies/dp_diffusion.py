@@ -171,10 +171,10 @@ class DpDiffusion(Training):
             schema,
             label,
             self.start,
-            self.num_sampling_steps,
             moments.shares,
             (told["means"] / 256).astype(np.float32),
             told["roots"],
+            self.num_sampling_steps,
             model.whole(weights),
         )
 

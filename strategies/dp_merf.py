@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _INSIDE = 1 - 1e-6  # a user's vector stays within the clip in spite of float32 rounding
 _RECORDS = 2048  # records whose features are held at a time, unless one user has more
+_NUMBERS = 1 << 25  # of their features
 _FOR_IMAGES, _FOR_TABLES = 2000, 500  # random features
 _PIXEL_BANDS, _LATENT_BANDS = (0.15, 0.2), (1.0, 1.2)
 _EVEN = 0.6  # norm of a user of many images, all of one label; of many, it falls as their root
@@ -216,7 +217,8 @@ class DpMerf(Strategy):
             num_labels = query.dim // (features.num_features + 1)
             if num_labels < 1:
                 raise ConfigError("the sizes of a record's columns are impossible")
-            for first, users in _in_blocks(shard, max(1, _RECORDS // shard.max_records)):
+            at_once = min(_RECORDS, _NUMBERS // features.num_features)
+            for first, users in _in_blocks(shard, max(1, at_once // shard.max_records)):
                 part = rows[first : first + users.num_users]
                 self._fill(part, users, features, codec, label, num_labels)
         return Contribution.rows(rows)

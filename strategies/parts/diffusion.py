@@ -10,32 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import ConfigError
-from ...core.records import Records
 from ...core.schema import Schema
-from ...core.synthesizer import Synthesizer
-from .codec import Start, codec_for
 from .denoiser import Layout, guessed
-from .rounding import rounded_cells
+from .latents import Latents, saved_code, saved_moments
 
-_AT_ONCE = 2048  # records sampled at a time
+_PREFIX = "denoiser."
 _LOUDEST, _QUIETEST, _BEND = 20.0, 0.02, 7.0  # levels of noise, and how they lie between
 _MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
-class Diffusion(Synthesizer):
+class Diffusion(Latents):
     """Images of each class, drawn by a denoiser; labels come in the shares of their own.
 
     Sampling needs no torch. It is deterministic given `rng`, on one machine.
 
     Attributes:
-      schema: Schema of the records.
-      label: Position of the label column, or -1.
-      start: Which code the latent numbers are of.
       num_steps: Steps from noise to a record; each asks the denoiser twice.
-      shares: Share of each class, `(num_classes,)`.
-      means: Of each class, `(num_classes, num_latents)`.
-      roots: Of each class' covariance.
       weights: Of the denoiser.
 
     Reference:
@@ -44,30 +35,11 @@ class Diffusion(Synthesizer):
     """
 
     kind: ClassVar[str] = "diffusion"
-    schema: Schema
-    label: int
-    start: Start
+    at_once: ClassVar[int] = 2048
     num_steps: int
-    shares: NDArray[np.float64]
-    means: NDArray[np.float32]
-    roots: NDArray[np.float32]
     weights: Mapping[str, NDArray[np.float32]]
 
-    def sample(self, num_records: int, rng: np.random.Generator) -> Records:
-        """Records, drawn some thousands at a time."""
-        image = self.schema.image
-        codec = codec_for(self.start, image.shape if image else None)
-        labels = rng.permutation(rounded_cells(self.shares, num_records, rng)).astype(np.int64)
-        images = np.zeros((num_records, *(image.shape if image else ())), dtype=np.uint8)
-        for first in range(0, num_records, _AT_ONCE):
-            part = slice(first, min(first + _AT_ONCE, num_records))
-            images[part] = codec.decoded(self._drawn(labels[part], rng))
-        codes = np.zeros((num_records, len(self.schema.columns)), dtype=np.int32)
-        if self.label >= 0:
-            codes[:, self.label] = labels
-        return Records(codes, images)
-
-    def _drawn(self, labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.float32]:
+    def drawn(self, labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.float32]:
         """Latent numbers of records of some classes, by Heun's method."""
         order = np.argsort(labels, kind="stable")
         sorted_labels = labels[order]
@@ -99,16 +71,14 @@ class Diffusion(Synthesizer):
 
     def settings(self) -> dict[str, Any]:
         """The label's position, the code, and the steps."""
-        return {"label": self.label, "start": self.start, "num_steps": self.num_steps}
+        return {**super().settings(), "num_steps": self.num_steps}
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Moments of the classes and all weights."""
-        kept: dict[str, NDArray[Any]] = {
-            "shares": self.shares,
-            "means": self.means,
-            "roots": self.roots,
+        return {
+            **super().tensors(),
+            **{f"{_PREFIX}{name}": part for name, part in self.weights.items()},
         }
-        return kept | {f"denoiser.{name}": part for name, part in self.weights.items()}
 
     @classmethod
     def restore(
@@ -119,40 +89,20 @@ class Diffusion(Synthesizer):
         Raises:
           ConfigError: The arrays are not those of one for this schema.
         """
-        label, start, steps = (settings.get(key) for key in ("label", "start", "num_steps"))
-        if (
-            not isinstance(label, int)
-            or not -1 <= label < len(schema.columns)
-            or start not in ("handwriting", "scratch")
-            or not isinstance(steps, int)
-            or not 2 <= steps <= _MOST_STEPS
-        ):
-            raise ConfigError("a saved diffusion whose settings are not one's")
-        codec = codec_for(start, schema.image.shape if schema.image else None)
+        label, start, codec = saved_code(schema, settings)
+        steps, width = settings.get("num_steps"), tensors.get(f"{_PREFIX}enter.b", np.zeros(()))
+        if not isinstance(steps, int) or not 2 <= steps <= _MOST_STEPS or width.ndim != 1:
+            raise ConfigError("a saved diffusion without its steps or its weights")
         num_classes = schema.shape[label] if label >= 0 else 1
-        width = tensors["denoiser.enter.b"].shape if "denoiser.enter.b" in tensors else ()
-        if len(width) != 1:
-            raise ConfigError("a saved diffusion without its weights")
-        layout = Layout(codec.num_latents, num_classes, width[0])
-        size = codec.num_latents
-        expected: dict[str, tuple[int, ...]] = {
-            "shares": (num_classes,),
-            "means": (num_classes, size),
-            "roots": (num_classes, size, size),
-            **{f"denoiser.{name}": shape for name, shape in layout.shapes.items()},
-        }
-        found = {name: array.shape for name, array in tensors.items()}
-        if found != expected or not all(np.isfinite(array).all() for array in tensors.values()):
-            raise ConfigError("a saved diffusion whose arrays do not fit the schema")
-        shares = np.asarray(tensors["shares"], dtype=np.float64)
-        if not ((shares >= 0).all() and abs(shares.sum() - 1) < 1e-6):
-            raise ConfigError("a saved diffusion whose shares do not add up to one")
+        layout = Layout(codec.num_latents, num_classes, len(width))
+        beside = {f"{_PREFIX}{name}": shape for name, shape in layout.shapes.items()}
+        largest = float(np.finfo(np.float32).max)
+        moments = saved_moments(schema, label, codec, tensors, beside=beside, largest=largest)
         weights = {
-            name: np.asarray(tensors[f"denoiser.{name}"], dtype=np.float32)
+            name: np.asarray(tensors[f"{_PREFIX}{name}"], dtype=np.float32)
             for name in layout.shapes
         }
-        means, roots = (np.asarray(tensors[k], dtype=np.float32) for k in ("means", "roots"))
-        return cls(schema, label, start, steps, shares, means, roots, weights)
+        return cls(schema, label, start, *moments, steps, weights)
 
 
 def _levels(num_steps: int) -> list[float]:

@@ -12,16 +12,12 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.errors import ConfigError
-from ...core.records import Records
 from ...core.schema import Schema
-from ...core.synthesizer import Synthesizer
-from .codec import STEPS, Codec, Start, codec_for
+from .codec import STEPS, Codec, Start
 from .features import Features
 from .generator import Adam, Target
-from .rounding import rounded_cells
+from .latents import Latents, saved_code, saved_moments
 
-_AT_ONCE = 4096  # records sampled at a time
 _RATE = 0.03  # of Adam, at the start
 _COMMON, _APART = 0.1, 0.12  # how far a root is thought to be from one: of all labels, of one
 _LEVEL = 0.05  # variance of a label's mean that is thought possible in any direction
@@ -30,53 +26,20 @@ _LARGEST = 100.0  # of a saved mean or root, in units of the variation within a 
 
 
 @dataclass(frozen=True)
-class LatentGaussians(Synthesizer):
-    """Images that a public decoder makes of Gaussian numbers, with labels in their shares.
+class LatentGaussians(Latents):
+    """Images that a public decoder makes of Gaussian numbers, with labels in their shares."""
 
-    Attributes:
-      schema: Schema of the records: an image and at most one category.
-      label: Position of the label column, or -1.
-      start: Which code the latent numbers are of.
-      shares: Share of each label, `(num_labels,)`.
-      means: Of each label, `(num_labels, num_latents)`.
-      roots: What makes a label's variation of noise, `(num_labels, num_latents, num_latents)`.
-    """
-
-    schema: Schema
-    label: int
-    start: Start
-    shares: NDArray[np.float64]
-    means: NDArray[np.float32]
-    roots: NDArray[np.float32]
     kind: ClassVar[str] = "latent_gaussians"
+    at_once: ClassVar[int] = 4096
 
-    def sample(self, num_records: int, rng: np.random.Generator) -> Records:
-        """Records, drawn some thousands at a time."""
-        image = self.schema.image
-        shape = image.shape if image else ()
-        codec = codec_for(self.start, image.shape if image else None)
-        labels = rng.permutation(rounded_cells(self.shares, num_records, rng))
-        images = np.zeros((num_records, *shape), dtype=np.uint8)
-        for start in range(0, num_records, _AT_ONCE):
-            part = slice(start, min(start + _AT_ONCE, num_records))
-            noise = rng.standard_normal((part.stop - start, self.means.shape[1]), dtype=np.float32)
-            latent = self.means[labels[part]]
-            for number, root in enumerate(self.roots):
-                mine = labels[part] == number
-                latent[mine] += noise[mine] @ root
-            images[part] = codec.decoded(latent)
-        codes = np.zeros((num_records, len(self.schema.columns)), dtype=np.int32)
-        if self.label >= 0:
-            codes[:, self.label] = labels
-        return Records(codes, images)
-
-    def settings(self) -> dict[str, Any]:
-        """The label's position and the code."""
-        return {"label": self.label, "start": self.start}
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """Shares, means and roots."""
-        return {"shares": self.shares, "means": self.means, "roots": self.roots}
+    def drawn(self, labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.float32]:
+        """Gaussian numbers of each label."""
+        noise = rng.standard_normal((len(labels), self.means.shape[1]), dtype=np.float32)
+        latent = self.means[labels]
+        for number, root in enumerate(self.roots):
+            mine = labels == number
+            latent[mine] += noise[mine] @ root
+        return latent
 
     @classmethod
     def restore(
@@ -87,29 +50,9 @@ class LatentGaussians(Synthesizer):
         Raises:
           ConfigError: The arrays are not those of Gaussians for this schema.
         """
-        label, start = settings.get("label"), settings.get("start")
-        if (
-            not isinstance(label, int)
-            or not -1 <= label < len(schema.columns)
-            or start not in ("handwriting", "scratch")
-        ):
-            raise ConfigError("saved Gaussians whose settings are not theirs")
-        size = codec_for(start, schema.image.shape if schema.image else None).num_latents
-        num_labels = schema.shape[label] if label >= 0 else 1
-        expected = {
-            "shares": (num_labels,),
-            "means": (num_labels, size),
-            "roots": (num_labels, size, size),
-        }
-        if {name: array.shape for name, array in tensors.items()} != expected or not all(
-            bool((np.abs(array) <= _LARGEST).all()) for array in tensors.values()
-        ):
-            raise ConfigError("saved Gaussians whose arrays do not fit the schema")
-        shares = np.asarray(tensors["shares"], dtype=np.float64)
-        if not ((shares >= 0).all() and abs(shares.sum() - 1) < 1e-6):
-            raise ConfigError("saved Gaussians whose shares do not add up to one")
-        means, roots = (np.asarray(tensors[k], dtype=np.float32) for k in ("means", "roots"))
-        return cls(schema, label, start, shares, means, roots)
+        label, start, codec = saved_code(schema, settings)
+        moments = saved_moments(schema, label, codec, tensors, beside={}, largest=_LARGEST)
+        return cls(schema, label, start, *moments)
 
 
 def unmeasured(schema: Schema, label: int, start: Start, codec: Codec) -> LatentGaussians:

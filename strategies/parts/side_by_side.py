@@ -188,13 +188,7 @@ class _Steps:
         share: Any,
         out: Mapping[str, Any],
     ) -> None:
-        """Write each user's change of each weight into `out`, `(num_users, *shape)`.
-
-        Args:
-          batches: Records and chance of each step, `(num_users, num_records, ...)`.
-          share: Weight of each record in the loss, `(num_users, num_records)`.
-          out: Tensors by name; what is in them is not looked at.
-        """
+        """As `FactoredSteps`, whatever the model does with its weights."""
         moved = self._parts(_memory(self.torch, self.device, len(share), len(self._start)))
         start = self._parts(self._start.expand(len(share), -1))
         for number, (seen, chance) in enumerate(batches):

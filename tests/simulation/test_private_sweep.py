@@ -287,6 +287,7 @@ def test_a_secret_that_is_lost_is_never_drawn_again_and_the_price_stays(
         done(resumed(sweep.folder))
 
     assert three_tries == []  # the draw was the child's
+    assert not (sweep.folder / "tries").exists()
     assert charged(sweep) == sweep.epsilon
     assert not list(sweep.folder.parent.glob("*/card.json"))
 
@@ -331,6 +332,7 @@ def test_where_every_score_was_lost_nothing_is_released_and_the_price_stays(tmp_
     with pytest.raises(FedsynthError, match="no try has a score"):
         done(resumed(sweep.folder))
 
+    assert not (sweep.folder / "tries").exists()
     assert charged(sweep) == sweep.epsilon
     assert not list(sweep.folder.parent.glob("*/card.json"))
 
