@@ -303,7 +303,7 @@ def test_a_saved_diffusion_samples_the_same_records_without_torch():
 def test_a_saved_diffusion_that_was_tampered_with_is_refused(change):
     made = non_private(SCRATCH, small_images(), drawers(), rng())
 
-    with pytest.raises(ConfigError, match="saved (diffusion|generator)"):
+    with pytest.raises(ConfigError, match=r"saved (diffusion|generator)"):
         Diffusion.restore(small_images(), made.settings(), made.tensors() | change)
 
 
