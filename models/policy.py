@@ -19,6 +19,7 @@ import numpy as np
 
 from ..core.candidates import Candidates
 from ..core.errors import ConfigError
+from ..core.files import write_whole
 from ..core.generation import PROMPTS, Lesson, Subject
 from ..core.open_codes import cut_text
 from ..core.texts import as_texts
@@ -249,7 +250,5 @@ def _adapter(policy: Policy, folder: Path | None) -> Adapter:
     adapter = pupil.adapter()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(save(dict(adapter)))
-        partial.replace(path)
+        write_whole(path, save(dict(adapter)))
     return adapter

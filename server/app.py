@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from ..core.config import RunConfig, read_config, run_file
 from ..core.errors import FedsynthError
+from ..core.files import write_whole
 from ..core.randomness import KeyStream, OsKeyStream
 from .conduct import conduct
 from .planned import Plan, plan_of, unfinished
@@ -96,9 +97,7 @@ def _write_outcome(path: Path, error: FedsynthError) -> None:
         "message": str(error),
         "exit_code": error.exit_code,
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(outcome), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(outcome).encode())
 
 
 def _be_heard() -> None:

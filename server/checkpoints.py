@@ -19,9 +19,9 @@ from .. import __version__
 from ..core.answering import Source, answered
 from ..core.checkpoint import Checkpoint, State
 from ..core.errors import SecurityRefusal
+from ..core.files import write_whole
 from ..core.query import Rounds
 from ..core.wire import canonical
-from .folder import sync
 from .ledger import Ledger
 from .planned import Plan
 from .transcript import tensors_in
@@ -69,12 +69,8 @@ class Checkpoints:
             return
         facts = json.dumps(self._facts(self._done + rounds) | {"rng": _state_of(self._rng)})
         tensors = {name: np.array(array, order="C") for name, array in checkpoint.state().items()}
-        partial = self._path.with_name(f"{CHECKPOINT}.partial")
         try:
-            partial.write_bytes(_packed(tensors, facts))
-            sync(partial)
-            partial.replace(self._path)
-            sync(self._path.parent)
+            write_whole(self._path, _packed(tensors, facts))
         except OSError as error:
             _log.warning("no checkpoint could be kept: %s; the run goes on", error.strerror)
         self._kept_at = time.monotonic()

@@ -272,7 +272,13 @@ def _finite(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _clear(folder: Path) -> None:
     """Remove a finished run's working folder."""
-    for name in ("run.json", "progress.jsonl", "run.partial", CHECKPOINT, f"{CHECKPOINT}.partial"):
+    for name in (
+        "run.json",
+        "progress.jsonl",
+        "run.json.partial",
+        CHECKPOINT,
+        f"{CHECKPOINT}.partial",
+    ):
         (folder / name).unlink(missing_ok=True)
     clear(folder)
     folder.rmdir()

@@ -91,15 +91,6 @@ def write(folder: Path, name: str, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _opened(folder: Path, name: str) -> io.BufferedReader:
     """A plain file of the release, open for reading."""
     if not is_name(name):

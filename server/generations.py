@@ -14,9 +14,9 @@ from ..core.answering import Source
 from ..core.candidates import Candidates
 from ..core.errors import DataError, SecurityRefusal
 from ..core.failpoints import at
+from ..core.files import write_whole
 from ..core.generation import Generation
 from ..models.live import make
-from .folder import sync
 from .transcript import tensors_in
 
 _REQUEST = "request"
@@ -91,17 +91,13 @@ def clear(folder: Path) -> None:
 
 
 def _write(path: Path, request: Generation, made: Candidates) -> None:
-    """Store a generation: whole or not at all, and on the disk when this returns."""
+    """Store a generation."""
     from safetensors.numpy import save
 
     tensors = {name: np.ascontiguousarray(rows) for name, rows in made.tensors().items()}
     tensors[_REQUEST] = np.frombuffer(bytes.fromhex(request.digest), dtype=np.uint8)
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(save(tensors))
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+    write_whole(path, save(tensors))
 
 
 def _read(content: bytes, name: str, request: Generation) -> Candidates:

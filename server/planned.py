@@ -16,6 +16,7 @@ from ..core import accounting
 from ..core.config import RunConfig, read_started
 from ..core.electorate import Electorate
 from ..core.errors import ConfigError
+from ..core.files import write_whole
 from ..core.privacy import NoisePlacement
 from ..core.query import Strategy, check_reads, check_signal, trusts_server
 from ..core.schema import Schema
@@ -196,9 +197,7 @@ def start(plan: Plan) -> Path:
             "base": str(plan.config.base),
             "config": plan.config.model_dump(mode="json", by_alias=True),
         }
-        partial = described.with_suffix(".partial")
-        partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
-        partial.replace(described)
+        write_whole(described, json.dumps(data, indent=1).encode())
     return folder
 
 

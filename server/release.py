@@ -41,6 +41,7 @@ from ..core.answering import answered
 from ..core.card import Card, CardFile, code_digest
 from ..core.decode import SINGLE, decode, joined_table, save_records, split_tables
 from ..core.errors import ConfigError, FedsynthError, SchemaError, SecurityRefusal
+from ..core.files import sync
 from ..core.leaf import num_rounds_of
 from ..core.query import Strategy, caution_of, describes_of
 from ..core.records import Family, Records
@@ -49,7 +50,7 @@ from ..core.seeds import rounds_rng, sample_rng
 from ..core.synthesizer import Synthesizer
 from ..core.wire import canonical
 from ..strategies.registry import build_strategy, synthesizer_class
-from .folder import SUMS, digest, files_in, is_name, list_text, listed, read, sync, write
+from .folder import SUMS, digest, files_in, is_name, list_text, listed, read, write
 from .generations import recorded
 from .ledger import Ledger
 from .transcript import ENTRIES, NOISY_SUMS, Transcript, tensors_in

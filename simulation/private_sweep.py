@@ -21,7 +21,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,10 +35,10 @@ from ..core.aggregator import Sum
 from ..core.config import ReleaseSection, RunConfig, parse_config
 from ..core.errors import BudgetExceeded, ConfigError, FedsynthError, Interrupted, SecurityRefusal
 from ..core.failpoints import at
+from ..core.files import sync, write_whole
 from ..core.privacy import NoisePlacement
 from ..core.selection import SelectDpEvent, Tries, drawn_settings
 from ..server.conduct import commit, publish
-from ..server.folder import sync
 from ..server.ledger import Ledger
 from ..server.planned import SWEEP, UNFINISHED, Plan, Won, new_run_id, plan_of
 from ..server.release import Release
@@ -493,15 +492,8 @@ def _copy(source: Ledger, ledger: Ledger, run: str) -> None:
 
 
 def _keep(path: Path, data: Any) -> None:
-    """Write a file that the owner alone can read: whole, and on the disk when this returns."""
-    partial = path.with_name(f"{path.name}.partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(json.dumps(data))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync(path.parent)
+    """Write a file that the owner alone can read."""
+    write_whole(path, json.dumps(data).encode(), is_secret=True)
 
 
 @contextmanager
