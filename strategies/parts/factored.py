@@ -184,15 +184,15 @@ def _known(torch: Any) -> Mapping[Any, Callable[..., Any]]:
     def shifted(rows: Any, bias: Any) -> Any:
         if isinstance(rows, Factored):
             rows, bias = bias, rows
+        if not isinstance(bias, Factored):
+            return rows + bias
         if isinstance(rows, Factored) or bias.start.shape != rows.shape[1:]:
             raise TypeError("a weight that is no bias of records")
         return Shift.apply(_rows(rows, bias), bias, bias.anchor)
 
     def linear(rows: Any, weight: Any, bias: Any = None) -> Any:
         through = product(rows, weight, is_turned=True)
-        if bias is None:
-            return through
-        return shifted(through, bias) if isinstance(bias, Factored) else through + bias
+        return through if bias is None else shifted(through, bias)
 
     return {
         torch.nn.functional.linear: linear,

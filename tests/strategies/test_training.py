@@ -247,6 +247,68 @@ def test_shared_products_are_refused_where_they_give_other_slopes(monkeypatch):
     assert not side_by_side._sizes(steps, MADE, chance, 2)
 
 
+@pytest.mark.parametrize("way", [side_by_side.FactoredSteps, side_by_side._Steps])
+def test_what_stood_in_memory_before_changes_no_bit(way):
+    device, shard = torch.device("cpu"), users([2, 2, 2])
+    steps = way(torch, NET, weights_of(NET), 0.1, device)
+    chance = local_training.chances(torch, device, NET, shard, BESIDE, seed=1)
+    seen = [part.unflatten(0, (3, 2)) for part in NET.read(torch, shard.records)]
+    drawn = [part[:2].expand(3, 2, *part.shape[1:]) for part in chance[0]]
+    given = [(tuple(seen), tuple(drawn))] * 2
+    rows = []
+
+    for before in (0.0, np.nan, 1e30):
+        memory = torch.full((3, NET.num_weights), before)
+        steps(given, torch.full((3, 2), 0.5), side_by_side.parts_of(NET, memory))
+        rows.append(memory)
+
+    assert rows[0].abs().max() > 0
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
+
+
+WIDE, ALONE = replace(NET, hidden=64), LocalTraining(2, 0.1, batch=1, per_user="loop")
+
+
+def shared_by(net, settings):
+    """Which matrices of a net are kept as outer products where users are taken one by one."""
+    device = torch.device("cpu")
+    given = (torch, device, net, weights_of(net), ALONE.lr)
+    chance = local_training.chances(torch, device, net, users([2]), ALONE, seed=1)
+    made = Made(MADE.shape, settings)
+    return local_training._shared_products(given, made, ALONE, chance)
+
+
+def test_wide_matrices_of_single_users_change_as_by_plain_steps(monkeypatch):
+    shard, made = users([1, 3, 2, 5]), Made(MADE.shape, "a wide net")
+    assert shared_by(WIDE, "a wide net")
+    assert not shared_by(NET, "a narrow net")
+
+    rows = updates(WIDE, weights_of(WIDE), shard, ALONE, made=made, seed=1)
+    alone = updates(WIDE, weights_of(WIDE), one(shard, 2), ALONE, made=made, seed=1)
+    monkeypatch.setattr(local_training, "_shared_products", lambda *_: frozenset())
+    plain = updates(WIDE, weights_of(WIDE), shard, ALONE, made=made, seed=1)
+
+    assert rows[2].tobytes() == alone[0].tobytes()
+    np.testing.assert_allclose(rows, plain, atol=1e-6)
+    assert np.abs(plain).max() > 1e-3
+
+
+def test_matrices_are_no_outer_products_where_a_model_uses_them_otherwise():
+    strange = Strange(*astuple(WIDE)[:5], does="takes a part")
+
+    assert not shared_by(strange, "a strange net")
+
+
+def test_outer_products_that_give_other_changes_are_refused(monkeypatch):
+    plain = local_training.Factored.write
+    monkeypatch.setattr(
+        local_training.Factored, "write", lambda self, out: plain(self, out) or out.mul_(1.001)
+    )
+
+    assert not shared_by(WIDE, "a wide net that comes out wrong")
+
+
 @pytest.mark.parametrize("batch", [None, 4])
 def test_how_many_records_another_user_has_changes_no_bit_side_by_side(batch):
     training = LocalTraining(2, 0.1, batch=batch, per_user="vmap")
