@@ -21,7 +21,6 @@ from .series import ONE, Turn
 
 _SLICE = 1 << 15  # values clipped at a time; a slice stays in the processor's cache
 _SPAN = 1 << 10  # values of a row pulled in at a time
-_PART = 1 << 13  # values squared at a time; of more than 10,000 BLAS takes several threads
 _MISSHAPEN = (
     "a contribution must hold a row of the query's length for each user of the block, or whole"
     " numbers of cells in the order of users, with a finite height for each; make it by"
@@ -210,10 +209,10 @@ def _to_lattice(rows: NDArray[np.float64], clip: float, lattice: Lattice) -> Non
         scale = np.where(norms > clip, fitting / np.maximum(norms, clip), 1.0)
         rows *= (scale / lattice.unit)[:, None]
         np.rint(rows, out=rows)
-        squared = _squares(rows)  # of integers: exact while below 2^53
+        squared = np.einsum("ij,ij->i", rows, rows)  # of integers: exact while below 2^53
         for row in np.flatnonzero(~(squared <= lattice.bound**2)):
             _pull_in(rows[row], squared[row] - lattice.bound**2)
-            if not _square(rows[row]) <= lattice.bound**2:
+            if not float(np.einsum("i,i", rows[row], rows[row])) <= lattice.bound**2:
                 rows[row] = 0.0
 
 
@@ -244,20 +243,10 @@ def _pull_in(steps: NDArray[np.float64], excess: float) -> None:
 
 def _squares(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     """Squared norm of each row, the same to the bit however many rows there are."""
-    if rows.shape[1] > _SLICE:
-        return np.array([_square(row) for row in rows])
+    if rows.shape[1] > _SLICE:  # one by one, without a copy
+        return np.array([np.einsum("i,i", row, row) for row in rows])
     squares: NDArray[np.float64] = (rows * rows).sum(axis=1)
     return squares
-
-
-def _square(row: NDArray[np.float64]) -> float:
-    """A row's squared norm, by parts too short for several threads to sum up in their own order."""
-    return sum(float(np.dot(part, part)) for part in _parts(row))
-
-
-def _parts(row: NDArray[np.float64]) -> Iterable[NDArray[np.float64]]:
-    """A row in parts that stay in the processor's cache."""
-    return (row[first : first + _PART] for first in range(0, len(row), _PART))
 
 
 def _tame(row: NDArray[np.float64], clip: float) -> float:

@@ -216,7 +216,6 @@ class _OneByOne:
             name: Factored(torch, part, records, self._lr, self._anchor)
             for name, part in self._wide.items()
         }
-        asked = [] if not wide else [self._anchor]
         for step, at in enumerate(taken):
             now = self._moved if step else self._first
             if step:
@@ -226,10 +225,10 @@ class _OneByOne:
             own = tuple(self._laid_out(part.index_select(0, at)) for part in seen)
             drawn = tuple(part.index_select(0, at) for part in chance[step])
             loss = self._model.losses(torch, {**now, **wide}, own, drawn).mean()
-            slopes = torch.autograd.grad(
-                loss, [*now.values(), *asked], allow_unused=True, materialize_grads=True
+            *slopes, _ = torch.autograd.grad(
+                loss, [*now.values(), self._anchor], allow_unused=True, materialize_grads=True
             )
-            for name, slope in zip(now, slopes, strict=False):
+            for name, slope in zip(now, slopes, strict=True):
                 if step:
                     self._change[name].sub_(slope, alpha=self._lr)
                 else:
@@ -259,8 +258,10 @@ def _shared_products(
         for name, shape in model.shapes.items()
         if len(shape) == 2 and math.prod(shape) > _FEWER * training.steps * num * sum(shape)
     )
-    if not matrices or any(len(part) < num for step in chance for part in step):
+    if not matrices:
         return frozenset()
+    # of the first place alone: how many there are hangs on how many records others have
+    drawn = [tuple(p[:1].expand(num, *p.shape[1:]) for p in step) for step in chance]
 
     def found() -> frozenset[str]:
         records = made.shape.made_up(np.random.default_rng(0), num)
@@ -270,7 +271,7 @@ def _shared_products(
         for names in (frozenset[str](), matrices):
             steps = _OneByOne(*given, names)
             try:
-                steps(seen, taken, chance)
+                steps(seen, taken, drawn)
             except (RuntimeError, TypeError, AttributeError):  # it cannot do what the model does
                 return frozenset()
             rows.append(steps.row)

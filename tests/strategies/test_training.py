@@ -294,6 +294,18 @@ def test_wide_matrices_of_single_users_change_as_by_plain_steps(monkeypatch):
     assert np.abs(plain).max() > 1e-3
 
 
+def test_how_many_records_another_user_has_changes_no_bit_of_outer_products():
+    training, made = replace(ALONE, steps=1, batch=2), Made(MADE.shape, "a wide net, two by two")
+    few, many = users([1, 1]), users([1, 5])
+
+    rows = [
+        updates(WIDE, weights_of(WIDE), shard, training, made=made, seed=1) for shard in (few, many)
+    ]
+
+    assert np.array_equal(few.records.codes[:1], many.records.codes[:1])
+    assert rows[0][0].tobytes() == rows[1][0].tobytes()
+
+
 def test_matrices_are_no_outer_products_where_a_model_uses_them_otherwise():
     strange = Strange(*astuple(WIDE)[:5], does="takes a part")
 
